@@ -1,0 +1,324 @@
+"""SAEs to numbers: every arm measured on the same held-out tokens of the same language model, and compared in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rsae.artefacts import Progress, provenance, write_json
+from rsae.harvest import SinkRule
+from rsae.metrics import ArmSums, LossMetrics, ReconstructionMetrics, paired_difference, verdict
+from rsae.text import Contexts
+
+COMPARISON_RULE = (
+    "rsae minus the other arm: [difference, low, high], the 95% interval of a bootstrap paired by document; fvu relative "
+    "to the other's, delta_ce in nats per token; the verdict (on the control) is a tie where the interval holds 0, and "
+    "for alive and dense within 0.1 percentage point"
+)
+_ROWS = 2048  # tokens encoded together: their latents (_ROWS, d_sae) are the largest tensor there is
+_RESERVED = {"clean", "zero", "mean", "schema", "config", "provenance", "excluded", "sources", "verdict"}
+"""Names that an arm may not have: those of the edits beside the arms', and of the other entries of metrics.json."""
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """What is measured: a SAELens SAE, or anything that encodes and decodes like one."""
+
+    @property
+    def cfg(self) -> Any:
+        """Has d_in and d_sae."""
+        ...
+
+    @property
+    def W_dec(self) -> Any:
+        """Its device is where the arm computes."""
+        ...
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """(n, d_in) -> latents (n, d_sae)."""
+        ...
+
+    def decode(self, latents: Tensor, /) -> Tensor:
+        """(n, d_sae) -> x_hat (n, d_in)."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What is needed of a host (rsae.hosts.Host)."""
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Has bos_token_id and all_special_ids."""
+        ...
+
+    def activations(self, tokens: Tensor, hook: str) -> Tensor:
+        """(B, T) -> (B, T, d_model) at the hook."""
+        ...
+
+    def token_losses(
+        self, tokens: Tensor, hook: str, edits: dict[str, Callable[[Tensor], Tensor]]
+    ) -> Mapping[str, Any]:
+        """(B, T) -> for "clean" and each edit of the activations at the hook: nll and kl (B, T-1), in nats."""
+        ...
+
+
+class Exclusions(NamedTuple):
+    """Why a token is not measured; the three masks do not overlap."""
+
+    bos: Bool[Tensor, "B T"]
+    special: Bool[Tensor, "B T"]
+    sink: Bool[Tensor, "B T"]
+
+
+def exclusions(
+    tokens: Int[Tensor, "B T"], activations: Float[Tensor, "B T d_in"], tokenizer: Any, sink_rule: SinkRule
+) -> Exclusions:
+    """The tokens that are not measured: BOS at the start of a context, other special tokens, attention sinks.
+
+    The same as `rsae.harvest.harvest` leaves out of a store.
+    """
+    special = torch.isin(tokens, torch.tensor(tokenizer.all_special_ids, dtype=tokens.dtype, device=tokens.device))
+    bos = torch.zeros_like(special)
+    if tokenizer.bos_token_id is not None:
+        bos[:, 0] = tokens[:, 0] == tokenizer.bos_token_id
+    sink = sink_rule.is_sink(activations).to(tokens.device)
+    return Exclusions(bos, special & ~bos, sink & ~special & ~bos)
+
+
+def evaluate(
+    arms: Mapping[str, Autoencoder],
+    host: LanguageModel,
+    hook: str,
+    contexts: Contexts,
+    *,
+    store_stats: SinkRule,
+    ce_tokens: int | None = None,
+    eps: float = 0.0,
+    batch_size: int = 16,
+    out: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure arms on held-out text and compare "rsae" with "control" and "teacher", where they are among the arms.
+
+    Every metric of `rsae.metrics`, over the same tokens for every arm. Reconstruction and sparsity are over all
+    measured tokens; the loss is over the first `ce_tokens` tokens, with an arm's x_hat in place of the measured
+    activations. Tokens that are not measured (`exclusions`) are not replaced either: their activation passes through.
+
+    Args:
+        arms: name -> SAE, in float32; each computes on the device of its W_dec.
+        host: the language model.
+        hook: where the arms read, in any spelling the host knows.
+        contexts: tokens (N, T), their document ids (N, T), the sources they come from.
+        store_stats: the store's sink rule, frozen at harvest; its mean is that of the mean ablation.
+        ce_tokens: how many tokens the loss is measured on, rounded up to whole contexts; None for all.
+        eps: latents with |z| <= eps are set to 0 before decoding and not counted; 0 counts exact non-zeros.
+        batch_size: contexts run together; no result depends on it, beyond the host's own rounding.
+        out: the metrics.json to write, atomically, once all is measured.
+        config: what ran, JSON-ready, kept as it is.
+        progress: told the tokens done.
+
+    Returns:
+        What metrics.json holds: schema, config, provenance, the rules in words, the shares excluded, sources; the
+        metrics by arm; "rsae_minus_control", "rsae_minus_teacher" (`paired_difference`); "verdict" of rsae on control.
+
+    Raises:
+        ValueError: an arm whose d_in is not the host's d_model; nan or inf in the activations, or in the latents or
+            reconstruction of an arm (named); no text, or none of it measured; fewer than two documents to compare over.
+    """
+    ce_contexts = _check(arms, host, contexts, store_stats, ce_tokens, batch_size)
+    reconstruction = {name: ReconstructionMetrics(host.d_model, sae.cfg.d_sae, eps=eps) for name, sae in arms.items()}
+    losses = {name: LossMetrics() for name in arms}
+    n_contexts, length = contexts.tokens.shape
+    excluded = dict.fromkeys(Exclusions._fields, 0)
+    with torch.inference_mode():
+        for start in range(0, n_contexts, batch_size):
+            tokens, documents = (part[start : start + batch_size] for part in (contexts.tokens, contexts.documents))
+            activations = host.activations(tokens, hook)
+            if not activations.isfinite().all():
+                raise ValueError(
+                    f"nan or inf in the host's activations at {hook!r}, contexts {start} to {start + len(tokens) - 1}: "
+                    "load the host in bfloat16 or float32, float16 overflows"
+                )
+            masks = exclusions(tokens, activations, host.tokenizer, store_stats)
+            for name, mask in masks._asdict().items():
+                excluded[name] += int(mask.sum())
+            measured = ~(masks.bos | masks.special | masks.sink)
+            x = activations[measured.to(activations.device)].float()
+            x_hats = {
+                name: _reconstruct(name, sae, x, documents[measured], reconstruction[name])
+                for name, sae in arms.items()
+            }
+            if (head := ce_contexts - start) > 0:
+                head_measured = measured[:head]
+                spliced = {name: x_hat[: int(head_measured.sum())] for name, x_hat in x_hats.items()}
+                _losses(losses, host, hook, tokens[:head], documents[:head], head_measured, spliced, store_stats.mean)
+            if progress is not None:
+                progress("evaluate", min(start + batch_size, n_contexts) * length, n_contexts * length)
+
+    total = contexts.tokens.numel()
+    if sum(excluded.values()) == total:
+        raise ValueError(f"all {total} held-out tokens are excluded ({excluded}): is the sink ratio too small?")
+    result = {
+        "schema": 1,
+        "config": dict(config or {}),
+        "provenance": provenance(),
+        "counting_rule": next(iter(reconstruction.values())).counting_rule,
+        "exclusion_rule": _exclusion_rule(store_stats.ratio),
+        "comparison_rule": COMPARISON_RULE,
+        "excluded": {name: count / total for name, count in excluded.items()},
+        "sources": list(contexts.sources),
+        **{name: reconstruction[name].compute() | losses[name].compute() for name in arms},
+    }
+    result |= _comparisons(result, reconstruction, losses)
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _reconstruct(
+    name: str,
+    sae: Autoencoder,
+    x: Float[Tensor, "n d_in"],
+    documents: Int[Tensor, " n"],
+    metrics: ReconstructionMetrics,
+) -> Float[Tensor, "n d_in"]:
+    """x_hat of every row, added to the metrics on the way."""
+    x_hat = torch.empty_like(x)
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = x[rows].to(sae.W_dec.device)
+        latents = sae.encode(part)
+        if latents.is_sparse:  # SAELens' TopK can return COO
+            latents = latents.to_dense()
+        if metrics.eps > 0:
+            latents = torch.where(latents.abs() > metrics.eps, latents, 0)
+        decoded = sae.decode(latents)
+        with _naming(name):
+            metrics.update(part, decoded, latents, documents[rows])
+        x_hat[rows] = decoded
+    return x_hat
+
+
+def _losses(
+    metrics: Mapping[str, LossMetrics],
+    host: LanguageModel,
+    hook: str,
+    tokens: Int[Tensor, "B T"],
+    documents: Int[Tensor, "B T"],
+    measured: Bool[Tensor, "B T"],
+    spliced: Mapping[str, Float[Tensor, "n d_in"]],
+    mean: Float[Tensor, " d_in"],
+) -> None:
+    """Add the losses of every arm, with its x_hat (n = measured tokens) spliced in, beside the two ablations."""
+    replacements = {**spliced, "zero": torch.zeros_like(mean), "mean": mean}
+    edits = {name: _splice(measured, values) for name, values in replacements.items()}
+    by_edit = host.token_losses(tokens, hook, edits)
+    counted = measured[:, :-1]  # the activation at t predicts token t+1
+    predicted = documents[:, 1:][counted]
+    nll = {name: losses.nll.to(counted.device)[counted] for name, losses in by_edit.items()}
+    for name in spliced:
+        kl = by_edit[name].kl.to(counted.device)[counted]
+        with _naming(name):
+            metrics[name].update(nll["clean"], nll[name], nll["zero"], nll["mean"], kl, predicted)
+
+
+def _splice(measured: Bool[Tensor, "B T"], values: Tensor) -> Callable[[Tensor], Tensor]:
+    """An edit that puts values, (n, d_in) or (d_in,), at the measured positions and leaves the others as they are."""
+
+    def edit(activations: Tensor) -> Tensor:
+        edited = activations.clone()
+        edited[measured.to(edited.device)] = values.to(edited)
+        return edited
+
+    return edit
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the arm's name before a ValueError's message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"arm {name!r}: {error}") from None
+
+
+def _comparisons(
+    result: Mapping[str, Any],
+    reconstruction: Mapping[str, ReconstructionMetrics],
+    losses: Mapping[str, LossMetrics],
+) -> dict[str, Any]:
+    """rsae minus each arm it is compared with, and the verdict against the control; result holds the arms' metrics."""
+    comparisons: dict[str, Any] = {}
+    for other in _compared(reconstruction):
+        ours, theirs = (
+            ArmSums(reconstruction[arm].document_sums(), losses[arm].document_sums()) for arm in ("rsae", other)
+        )
+        comparisons[f"rsae_minus_{other}"] = paired_difference(ours, theirs)
+    if "rsae_minus_control" in comparisons:
+        comparisons["verdict"] = verdict(comparisons["rsae_minus_control"], result["rsae"], result["control"])
+    return comparisons
+
+
+def _compared(arms: Mapping[str, Any]) -> list[str]:
+    """The arms that "rsae" is compared with."""
+    return [name for name in ("control", "teacher") if name in arms and "rsae" in arms]
+
+
+def _exclusion_rule(sink_ratio: float) -> str:
+    """The rule of `exclusions` and `_losses` in words."""
+    return (
+        "not measured, and passed through unchanged when an arm or an ablation is spliced in: BOS at the start of a "
+        "context; other special tokens; attention sinks (distance from the training text's mean activation more than "
+        f"{sink_ratio:g}x its median there). Contexts are full, there is no padding. The loss on a token counts where "
+        "the activation that predicts it, one position earlier, is measured; its document is the predicted token's. "
+        "Ablations put zeros or the training text's mean activation at the measured positions."
+    )
+
+
+def _check(
+    arms: Mapping[str, Autoencoder],
+    host: LanguageModel,
+    contexts: Contexts,
+    stats: SinkRule,
+    ce_tokens: int | None,
+    batch_size: int,
+) -> int:
+    """Refuse what cannot be measured before anything runs; how many contexts the loss is measured on."""
+    if not arms or _RESERVED & set(arms):
+        raise ValueError(f"arms must be named, and not one of {sorted(_RESERVED)}; got {sorted(arms)}")
+    for name, sae in arms.items():
+        if sae.cfg.d_in != host.d_model:
+            raise ValueError(
+                f"arm {name!r} has d_in {sae.cfg.d_in} but the host's d_model is {host.d_model}: "
+                "the SAE was trained on another model"
+            )
+    if stats.mean.shape != (host.d_model,):
+        raise ValueError(f"store_stats.mean must be ({host.d_model},), got {tuple(stats.mean.shape)}: another harvest?")
+    if contexts.tokens.ndim != 2 or contexts.tokens.shape != contexts.documents.shape:
+        raise ValueError(
+            "contexts must have tokens and documents of one shape (N, T), got "
+            f"{tuple(contexts.tokens.shape)} and {tuple(contexts.documents.shape)}"
+        )
+    n_contexts, length = contexts.tokens.shape
+    if n_contexts == 0 or length < 2:
+        raise ValueError(f"no held-out text: {n_contexts} contexts of {length} tokens, where one of two is the least")
+    if batch_size < 1 or (ce_tokens is not None and ce_tokens < 1):
+        raise ValueError(f"batch_size and ce_tokens must be at least 1, got {batch_size} and {ce_tokens}")
+    ce_contexts = n_contexts if ce_tokens is None else min(n_contexts, -(-ce_tokens // length))
+    if _compared(arms) and len(contexts.documents[:ce_contexts, 1:].unique()) < 2:
+        raise ValueError(
+            f"the {ce_contexts} contexts that the loss is measured on hold one document: an interval needs two at "
+            "least, give more evaluation text or a larger ce_tokens"
+        )
+    return ce_contexts

@@ -1,0 +1,530 @@
+"""The one training loop: every arm (teacher's own gate or rational) runs through it on the same batches.
+
+An SAE is trained in units in which the centred activations have norm sqrt(d_in), whatever the scale of the host: every gate here is
+exactly rescaled with its biases, thresholds and scales (phi_c(h) = c phi(h/c)), so the checkpoint is in the host's units again.
+Rows of W_dec keep the norms they came with, or the l1 price and the thresholds would be paid in a sliding currency.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rsae import sparse
+from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
+from rsae.calibrate import calibrate_threshold, match_l0, mean_l0
+from rsae.rational import RationalGate, Surrogate, hard_edge
+from rsae.sae import save_sae
+from rsae.teachers import load_teacher
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+Objective = Literal["matched-l0", "l0", "l1"]
+
+LOG_EVERY = 10
+# The threshold that a ReLU teacher's latents start with keeps this share of them.
+RELU_START = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """How an arm is fine-tuned. The same for every arm of a comparison."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 2048
+    """Tokens in a step."""
+    lr: float = 4e-4
+    """Adam's learning rate of weights and biases."""
+    gate_lr: float = 1e-3
+    """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises linearly."""
+    decay: float = 0.4
+    """Share of the steps, at the end, in which it falls linearly to 0."""
+    objective: Objective = "matched-l0"
+    """"matched-l0": mean L0 is held at `target_l0`. "l0" and "l1": `penalty` times the L0 or the l1 norm is added to the loss."""
+    target_l0: float | None = None
+    """For matched-l0; None: the L0 that the SAE has when it comes."""
+    penalty: float | None = None
+    """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
+    surrogate: Surrogate = field(default_factory=Surrogate)
+    """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
+    seed: int = 0
+    """Orders the batches."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints that a killed run continues from."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.objective not in ("matched-l0", "l0", "l1"):
+            raise ValueError(f"objective is 'matched-l0', 'l0' or 'l1'; got {self.objective!r}")
+        if self.objective != "matched-l0" and self.penalty is None:
+            raise ValueError(f"objective {self.objective!r} needs a penalty; or use 'matched-l0'")
+
+
+class Store(Protocol):
+    """What the loop reads: an ActivationStore, or anything like it."""
+
+    d_in: int
+    mean: Float[Tensor, " d_in"]
+    fingerprint: str
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Endless shuffled batches, the same for the same seed; `start` skips that many."""
+        ...
+
+    def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n d_in"], Any]]:
+        """Once through, in order: (activations, document ids)."""
+        ...
+
+
+class Step(NamedTuple):
+    """What one batch gave. All scalars."""
+
+    loss: Tensor
+    squared_error: Tensor
+    """Summed over d_in, averaged over the batch, in training units."""
+    l0: Tensor
+    """Mean number of latents that are not 0."""
+
+
+class Trainee(nn.Module, ABC):
+    """The parameters of an SAE in training units, and one step's loss. A subclass for each kind of gate."""
+
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.config, self.unit = config, unit
+        self.subtracts = bool(sae.cfg.apply_b_dec_to_input)
+        weights = {name: tensor.detach().float() for name, tensor in sae.state_dict().items()}
+        self.W_enc = nn.Parameter(weights["W_enc"].T.contiguous())  # (d_sae, d_in): a latent's weights lie together
+        self.b_enc = nn.Parameter(weights["b_enc"] / unit)
+        self.W_dec = nn.Parameter(weights["W_dec"].clone())
+        self.b_dec = nn.Parameter(weights["b_dec"] / unit)
+        self.norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Those trained at `gate_lr`."""
+        return []
+
+    @abstractmethod
+    def choose(self, h: Float[Tensor, "batch d_sae"]) -> sparse.Entries:
+        """Entries that are active or near their edge."""
+
+    @abstractmethod
+    def latents(self, h: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, " n"]:
+        """Latents at the entries."""
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        """Loss of a batch of activations, in training units."""
+        inputs = x - self.b_dec.detach() if self.subtracts else x
+        dense = sparse.pre_activations(inputs, self.W_enc, self.b_enc)
+        entries = self.choose(dense)
+        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, self.b_dec if self.subtracts else None, entries)
+        z = self.latents(h, entries)
+        x_hat = sparse.decode(z, self.W_dec, self.b_dec, entries)
+        squared_error = (x_hat - x).square().sum() / len(x)
+        return Step(squared_error + self.penalty(z, entries), squared_error, (z != 0).sum() / len(x))
+
+    def penalty(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Tensor | float:
+        """What is added to the squared error."""
+        if self.config.objective != "l1":
+            return 0.0
+        assert self.config.penalty is not None
+        return self.config.penalty * (z.abs() * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """After an optimizer step: decoder rows back to their norms."""
+        self.W_dec.mul_(self.norms / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
+
+    def steer(self, l0: float, target: float) -> None:  # noqa: B027 - TopK has nothing to steer
+        """Move whatever sets the sparsity towards `target`, given the L0 of the last batch."""
+
+    def state_of_gate(self) -> dict[str, float]:
+        """What the log tells of the gate."""
+        return {}
+
+    @abstractmethod
+    def write_gate(self, sae: SAE[Any]) -> None:
+        """Write thresholds and scales, in the host's units, into `sae`."""
+
+    @torch.no_grad()
+    def export(self, sae: SAE[Any]) -> SAE[Any]:
+        """A copy of `sae` with what was trained, in the host's units."""
+        sae = copy.deepcopy(sae)
+        sae.W_enc.copy_(self.W_enc.T)
+        sae.b_enc.copy_(self.b_enc * self.unit)  # type: ignore[operator]
+        sae.W_dec.copy_(self.W_dec)
+        sae.b_dec.copy_(self.b_dec * self.unit)
+        self.write_gate(sae)
+        return sae
+
+
+class ReLUTrainee(Trainee):
+    """ReLU with an l1 price. Its sparsity has no other handle, so matched L0 steers the price."""
+
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
+        super().__init__(sae, unit, config)
+        if config.objective == "l0":
+            raise ValueError("a ReLU has no threshold for objective 'l0' to move: use 'l1' or 'matched-l0'")
+        self.register_buffer("price", torch.tensor(float(config.penalty if config.penalty is not None else 1.0)))
+
+    def choose(self, h: Tensor) -> sparse.Entries:
+        return sparse.Entries.of(h > 0)
+
+    def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
+        return h.relu()
+
+    def penalty(self, z: Tensor, entries: sparse.Entries) -> Tensor:
+        return self.price * (z * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
+
+    def steer(self, l0: float, target: float) -> None:
+        self.price.mul_(math.exp(0.02 * max(-1.0, min(1.0, math.log(max(l0, 1e-3) / target)))))
+
+    def state_of_gate(self) -> dict[str, float]:
+        return {"price": self.price.item()}
+
+    def write_gate(self, sae: SAE[Any]) -> None:
+        pass
+
+
+class TopKTrainee(Trainee):
+    """The k largest pre-activations, if positive."""
+
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
+        super().__init__(sae, unit, config)
+        self.k: int = sae.cfg.k
+
+    def choose(self, h: Tensor) -> sparse.Entries:
+        top = h.topk(self.k, dim=1, sorted=False).indices
+        rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k)
+        return sparse.Entries(rows, top.view(-1), (h.shape[0], h.shape[1]))
+
+    def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
+        return h.relu()
+
+    def write_gate(self, sae: SAE[Any]) -> None:
+        pass
+
+
+class ThresholdTrainee(Trainee):
+    """A threshold for each latent, trained through its logarithm. Amplitude: h itself (JumpReLU), or the rational of h."""
+
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
+        super().__init__(sae, unit, config)
+        gate: RationalGate | None = getattr(sae, "gate", None)
+        threshold = gate.threshold if gate is not None else sae.threshold
+        assert isinstance(threshold, Tensor)
+        theta = threshold.detach().float() / unit
+        if bool((theta <= 0).any()):
+            theta = theta.clamp(min=1e-3)
+        self.log_threshold = nn.Parameter(theta.log())
+        # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
+        self.surrogate = config.surrogate
+        if gate is None:
+            self.surrogate = config.surrogate._replace(kind="rectangle", strength=0.0)
+        if config.objective == "l0":
+            self.surrogate = self.surrogate._replace(price=config.penalty)
+        self.gate = gate and copy.deepcopy(gate)
+        if self.gate is not None:
+            self.gate.threshold = None
+            self.log_C_in = nn.Parameter((self.gate.C_in.detach() / unit).log())
+            self.log_C_out = nn.Parameter((self.gate.C_out.detach() / unit).log())
+            self.gate.C_in.requires_grad_(False)
+            self.gate.C_out.requires_grad_(False)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        if self.gate is None:
+            return [self.log_threshold]
+        return [self.log_threshold, self.log_C_in, self.log_C_out, self.gate.num_relative, self.gate.den_relative]
+
+    def choose(self, h: Tensor) -> sparse.Entries:
+        lowest = self.log_threshold.detach().exp() * (1 - 0.5 * self.surrogate.bandwidth)
+        return sparse.Entries.of(h > lowest.to(h.dtype))
+
+    def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
+        threshold = self.log_threshold.exp()[entries.latents]
+        amplitude = h if self.gate is None else self.gate.amplitude(h, *self._scales(entries))
+        curvature = self.norms.squeeze(1)[entries.latents] ** 2 / entries.shape[0]
+        surrogate = self.surrogate
+        if surrogate.price is not None:
+            surrogate = surrogate._replace(price=surrogate.price / entries.shape[0])
+        return hard_edge(amplitude, h, threshold, h > threshold.detach(), surrogate, curvature)
+
+    def _scales(self, entries: sparse.Entries) -> tuple[Tensor, Tensor]:
+        C_in, C_out = self.log_C_in.exp(), self.log_C_out.exp()
+        return (C_in, C_out) if C_in.ndim == 0 else (C_in[entries.latents], C_out[entries.latents])
+
+    def steer(self, l0: float, target: float) -> None:
+        step = 0.1 * math.log(max(l0, 1e-3) / target)
+        self.log_threshold.data.add_(max(-0.1, min(0.1, step)))
+
+    def state_of_gate(self) -> dict[str, float]:
+        return {"median_threshold": self.log_threshold.detach().exp().median().item() * self.unit}
+
+    def write_gate(self, sae: SAE[Any]) -> None:
+        threshold = self.log_threshold.exp() * self.unit
+        if self.gate is None:
+            sae.threshold.data.copy_(threshold)  # type: ignore[union-attr]
+            return
+        gate = copy.deepcopy(self.gate)
+        gate.threshold = nn.Parameter(threshold)
+        gate.C_in = nn.Parameter(self.log_C_in.exp() * self.unit)
+        gate.C_out = nn.Parameter(self.log_C_out.exp() * self.unit)
+        sae.gate = gate
+        sae.sync_config()  # type: ignore[operator]
+
+
+def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig) -> Trainee:
+    """The Trainee of an SAE's architecture."""
+    architecture = sae.cfg.architecture()
+    kinds: dict[str, type[Trainee]] = {
+        "standard": ReLUTrainee,
+        "topk": TopKTrainee,
+        "jumprelu": ThresholdTrainee,
+        "rational": ThresholdTrainee,
+    }
+    if architecture not in kinds:
+        raise ValueError(f"fine-tuning knows {', '.join(kinds)}; this SAE is {architecture!r}")
+    return kinds[architecture](sae, unit, config)
+
+
+def schedule(step: int, config: FinetuneConfig) -> float:
+    """Factor of the learning rate: linear warm-up, constant, linear decay to 0."""
+    up = (step + 1) / max(1.0, config.warmup * config.steps)
+    down = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return min(1.0, up, down)
+
+
+def finetune(
+    sae: SAE[Any],
+    data: Store,
+    config: FinetuneConfig,
+    *,
+    held_out: Store,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    name: str = "finetune",
+) -> SAE[Any]:
+    """Train an SAE with its own gate, on batches that depend on `data`, `config.seed` and `config.batch_size` alone.
+
+    With the objective "matched-l0" the result has the target L0 on `held_out`, exactly but for ties: training steers it, and
+    `rsae.calibrate.match_l0` does the rest. A rational gate that keeps the k largest gets one calibrated threshold per latent first,
+    and one whose thresholds are 0 (a ReLU's) a low positive one: an edge at 0 can learn nothing.
+
+    Args:
+        sae: StandardSAE, JumpReLUSAE, TopKSAE or RationalSAE with hard support. Not changed.
+        data: activations to train on.
+        held_out: activations on which L0 is measured and matched.
+        out: folder for log.jsonl, checkpoint.safetensors (while it runs) and the finished SAELens checkpoint. A run that was
+            killed continues from its last checkpoint to the same result; a finished one is loaded.
+        progress, name: progress(name, steps done, steps).
+
+    Returns:
+        A new SAE of the same class, in the units of the activations.
+
+    Raises:
+        ValueError: d_in differs, `out` holds another run, or the loss is not finite.
+    """
+    if sae.cfg.d_in != data.d_in:
+        raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
+    inputs = {"config": asdict(config), "sae": _hash_of(sae), "data": data.fingerprint, "held_out": held_out.fingerprint}
+    folder = _Folder(out, inputs) if out is not None else None
+    if folder is not None and (finished := folder.finished()) is not None:
+        return finished
+    target = config.target_l0 or mean_l0(sae, _activations(held_out))
+    unit = _unit(data, config)
+    start = _with_thresholds(sae, data, config, target)
+    trainee = trainee_for(start, unit, config)
+    _train(trainee, data, config, target, folder, progress, name)
+    result = trainee.export(start)
+    if config.objective == "matched-l0":
+        result = match_l0(result, _activations(held_out), target)
+    if folder is not None:
+        folder.finish(result)
+    return result
+
+
+def _train(
+    trainee: Trainee,
+    data: Store,
+    config: FinetuneConfig,
+    target: float,
+    folder: _Folder | None,
+    progress: Progress | None,
+    name: str,
+) -> None:
+    """The loop."""
+    gate = trainee.gate_parameters()
+    in_gate = {id(parameter) for parameter in gate}
+    body = [p for p in trainee.parameters() if p.requires_grad and id(p) not in in_gate]
+    optimizer = torch.optim.Adam(
+        [{"params": body, "rate": config.lr}, {"params": gate, "rate": config.gate_lr}], betas=(0.9, 0.99), fused=True
+    )
+    mean, d_in = data.mean / trainee.unit, data.d_in
+    first = folder.restore(trainee, optimizer) if folder is not None else 0
+    sums, counted, began = torch.zeros(4), 0, time.perf_counter()
+    for step, raw in zip(
+        range(first, config.steps), data.batches(config.batch_size, seed=config.seed, start=first), strict=False
+    ):
+        x = raw / trainee.unit
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * schedule(step, config)
+        optimizer.zero_grad()
+        result = trainee(x)
+        result.loss.backward()
+        optimizer.step()
+        trainee.constrain()
+        l0 = result.l0.item()
+        if config.objective == "matched-l0":
+            trainee.steer(l0, target)
+        sums += torch.stack([result.loss.detach(), result.squared_error.detach(), (x - mean).square().sum() / len(x), result.l0])
+        counted += 1
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == config.steps:
+            loss, squared_error, variance, l0 = (sums / counted).tolist()
+            if not math.isfinite(loss):
+                raise ValueError(f"{name}: the loss is {loss} at step {done}; lower the learning rate ({config.lr})")
+            seconds = time.perf_counter() - began
+            row = {
+                "step": done,
+                "tokens": done * config.batch_size,
+                "seconds": round(seconds, 3),
+                "loss": loss / d_in,
+                "fvu": squared_error / variance,
+                "l0": l0,
+                "lr": config.lr * schedule(step, config),
+                "tokens_per_s": round((done - first) * config.batch_size / seconds, 1),
+                **trainee.state_of_gate(),
+            }
+            if folder is not None:
+                folder.log(row)
+            sums, counted = torch.zeros(4), 0
+        if folder is not None and done % config.checkpoint_every == 0 and done < config.steps:
+            folder.checkpoint(trainee, optimizer, done)
+        if progress is not None:
+            progress(name, done, config.steps)
+
+
+def _activations(store: Store, batch_size: int = 2048) -> Iterator[Tensor]:
+    for x, _ in store.iterate(batch_size):
+        yield x
+
+
+def _unit(data: Store, config: FinetuneConfig) -> float:
+    """Root mean square of a coordinate of the centred activations: what training takes as 1."""
+    total = rows = 0
+    for x in islice(data.batches(config.batch_size, seed=config.seed), 4):
+        total += float((x - data.mean).double().square().sum())
+        rows += len(x)
+    return math.sqrt(total / (rows * data.d_in))
+
+
+def _with_thresholds(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
+    """A rational gate in the form that trains: a positive threshold for each latent, and not the k largest."""
+    gate = getattr(sae, "gate", None)
+    if gate is None:
+        return sae
+    if gate.support != "hard":
+        raise ValueError("fine-tuning a dense gate is not built yet: use support='hard'")
+    if gate.k is None and bool((gate.threshold > 0).all()):
+        return sae
+    sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
+    sae = copy.deepcopy(sae)
+    # For the k largest: the one threshold with the same L0. For a ReLU: the one that keeps its larger latents, since what l1
+    # shrank to little more than nothing is what the threshold is there to leave out
+    share = 1.0 if gate.k is not None else RELU_START
+    threshold = calibrate_threshold(sae, sample, share * l0)
+    sae.cfg.k = sae.gate.k = None
+    sae.gate.threshold.data.clamp_(min=threshold)
+    return sae
+
+
+def _hash_of(sae: SAE[Any]) -> str:
+    """Short hash of an SAE's weights and configuration."""
+    digest = hashlib.sha256(json.dumps(sae.cfg.to_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+class _Folder:
+    """A fine-tuning run on disk: finetune.json (what it is, and whether it is done), log.jsonl, checkpoint, result."""
+
+    def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
+        self.path, self.hash = path, config_hash(inputs)
+        about = path / "finetune.json"
+        if about.exists():
+            found = read_json(about)
+            if found["hash"] != self.hash:
+                raise ValueError(f"{path} holds another run (its inputs or settings differ): choose another folder or delete it")
+            self.done = bool(found["done"])
+        elif path.exists() and any(path.iterdir()):
+            raise ValueError(f"{path} is not empty and holds no fine-tuning run: choose another folder")
+        else:
+            self.done = False
+            self._about = {"hash": self.hash, "done": False, **inputs, "provenance": provenance()}
+            write_json(about, self._about)
+        self._about = read_json(about)
+
+    def finished(self) -> SAE[Any] | None:
+        """The result, if the run is done."""
+        return load_teacher(self.path).sae if self.done else None
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a line to log.jsonl."""
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def checkpoint(self, trainee: Trainee, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Write everything that the rest of the run depends on."""
+        tensors = {f"model.{name}": tensor for name, tensor in trainee.state_dict().items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": tensor for name, tensor in state.items()}
+        write_safetensors(self.path / "checkpoint.safetensors", tensors, {"step": str(step)})
+
+    def restore(self, trainee: Trainee, optimizer: torch.optim.Optimizer) -> int:
+        """Load the last checkpoint if there is one; the step to go on from. Log lines after it are dropped."""
+        file, log = self.path / "checkpoint.safetensors", self.path / "log.jsonl"
+        step = 0
+        if file.exists():
+            with safe_open(file, "pt") as checkpoint:
+                step = int(checkpoint.metadata()["step"])
+                tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118
+            trainee.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                if key.startswith("adam."):
+                    _, index, name = key.split(".")
+                    state.setdefault(int(index), {})[name] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        if log.exists():
+            rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            with atomic(log) as temporary:
+                temporary.write_text("".join(row + "\n" for row in rows))
+        return step
+
+    def finish(self, sae: SAE[Any]) -> None:
+        """Save the result and mark the run as done."""
+        save_sae(sae, self.path)
+        write_json(self.path / "finetune.json", {**self._about, "done": True})
+        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)

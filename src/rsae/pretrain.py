@@ -1,0 +1,76 @@
+"""Teachers to upgrade where there is none: ReLU, JumpReLU and TopK SAEs trained from scratch by the loop that fine-tunes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from rsae.artefacts import Progress
+from rsae.calibrate import calibrate_threshold
+from rsae.finetune import FinetuneConfig, Store, finetune
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+Family = Literal["relu", "jumprelu", "topk"]
+
+
+def pretrain(
+    family: Family,
+    data: Store,
+    config: FinetuneConfig,
+    *,
+    d_sae: int,
+    held_out: Store,
+    metadata: dict[str, Any] | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> SAE[Any]:
+    """Train an SAE of `family` from scratch to the L0 of `config.target_l0`, as one of SAELens' own classes.
+
+    Starts from random unit decoder rows, the encoder their transpose, b_dec the mean activation.
+
+    Args:
+        family: "relu" (StandardSAE, l1 price), "jumprelu" (JumpReLUSAE, rectangle surrogate) or "topk" (TopKSAE).
+        config: of the loop; `target_l0` is needed, and is TopK's k.
+        d_sae: number of latents.
+        metadata: model_name, hook_name and the like, for cfg.json.
+
+    Raises:
+        ValueError: unknown family, no target_l0, or whatever `rsae.finetune.finetune` refuses.
+    """
+    if config.target_l0 is None:
+        raise ValueError("pretraining needs target_l0: how many latents a token should have")
+    sae = initial_sae(family, data, d_sae=d_sae, l0=config.target_l0, seed=config.seed, metadata=metadata)
+    return finetune(sae, data, config, held_out=held_out, out=out, progress=progress, name=f"{family} teacher")
+
+
+def initial_sae(
+    family: Family, data: Store, *, d_sae: int, l0: float, seed: int, metadata: dict[str, Any] | None = None
+) -> SAE[Any]:
+    """An untrained SAE: random unit decoder rows, the encoder their transpose, b_dec the mean activation."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    shape: dict[str, Any] = {"d_in": data.d_in, "d_sae": d_sae, "metadata": SAEMetadata(**(metadata or {}))}
+    if family == "relu":
+        sae = StandardSAE(StandardSAEConfig(**shape))
+    elif family == "jumprelu":
+        sae = JumpReLUSAE(JumpReLUSAEConfig(**shape))
+    elif family == "topk":
+        sae = TopKSAE(TopKSAEConfig(k=round(l0), **shape))
+    else:
+        raise ValueError(f"family is 'relu', 'jumprelu' or 'topk'; got {family!r}")
+    directions = F.normalize(torch.randn(d_sae, data.d_in, generator=torch.Generator().manual_seed(seed)), dim=1)
+    with torch.no_grad():
+        sae.W_dec.copy_(directions)
+        sae.W_enc.copy_(directions.T)
+        sae.b_enc.zero_()
+        sae.b_dec.copy_(data.mean)
+        if isinstance(sae, JumpReLUSAE):
+            first = next(iter(data.batches(2048, seed=seed)))
+            sae.threshold.fill_(calibrate_threshold(sae, [first], l0))
+    return sae

@@ -1,0 +1,339 @@
+"""Text in, contexts of tokens out: readers of text specs, their splits, and the packing of documents into contexts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "validation", "evaluation"]
+
+PACKING_RULE = (
+    "documents are tokenised without special tokens, each followed by two newlines, and joined; every context is the "
+    "tokenizer's BOS (if it has one, and only at the start) and the next context_length - 1 tokens; a last, shorter "
+    "context is dropped"
+)
+
+
+class Document(NamedTuple):
+    """A text, where it is from, and a name for it that is unique within the spec."""
+
+    id: str
+    source: str
+    text: str
+
+
+class Context(NamedTuple):
+    """One packed context: token ids and, for each, the number of its document in reading order (-1 for BOS)."""
+
+    tokens: np.ndarray  # int64 (context_length,)
+    document_ids: np.ndarray  # int64 (context_length,)
+
+
+class Contexts(NamedTuple):
+    """A set of contexts held in memory, for evaluation. `sources` names the texts' sources, sorted."""
+
+    tokens: Int[Tensor, "N T"]
+    documents: Int[Tensor, "N T"]
+    sources: list[str]
+
+
+def documents(spec: str, *, split: Split = "train") -> Iterator[Document]:
+    """Stream the documents of one split of a text spec, in an order that is always the same, without duplicates.
+
+    Args:
+        spec: `package:sae-probes` (training text from its non-probing sets, validation and evaluation text from others,
+            see `sae_probes_documents`); a file or a folder of .txt, .jsonl, .csv, .csv.zst, .parquet (tables: a column
+            `text`, `prompt` or `content`); or `hf:dataset[split]`, streamed from the hub, column `text`.
+        split: files, folders and hub data are divided by a hash of the text: 90% train, 5% validation, 5% evaluation.
+
+    Raises:
+        ValueError: unknown spec or split, unreadable file, no text column, missing package.
+    """
+    if split not in ("train", "validation", "evaluation"):
+        raise ValueError(f'split must be "train", "validation" or "evaluation", not {split!r}')
+    if spec == "package:sae-probes":
+        yield from sae_probes_documents(split)
+        return
+    if spec.startswith("package:"):
+        raise ValueError(f"unknown packaged text {spec!r}: expected package:sae-probes")
+    seen: set[bytes] = set()
+    for document in _hub_documents(spec) if spec.startswith("hf:") else _file_documents(Path(spec)):
+        digest = _digest(document.text)
+        if digest not in seen and document.text.strip():
+            seen.add(digest)
+            bucket = int.from_bytes(digest[:4], "big") % 20
+            if split == ("evaluation" if bucket == 19 else "validation" if bucket == 18 else "train"):
+                yield document
+
+
+def text_fingerprint(spec: str) -> str:
+    """Names the content behind a spec: the package's version, or the files' names, sizes and times."""
+    if spec == "package:sae-probes":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("sae-probes")
+        except PackageNotFoundError:
+            return "missing"
+    if spec.startswith("hf:"):
+        return "hub"
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(Path(spec))]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def pack(
+    docs: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    *,
+    counts: Counter[str] | None = None,
+) -> Iterator[Context]:
+    """Pack a stream of documents into contexts of exactly `context_length` tokens, by `PACKING_RULE`.
+
+    Control tokens (BOS, EOS, padding) that a text spells out are dropped, so that BOS stands nowhere else. `counts`,
+    if given, is filled as documents are read: `documents`, and `source/NAME` for each source.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if context_length < len(bos) + 1:
+        raise ValueError(f"context_length must be at least {len(bos) + 1}, not {context_length}")
+    control: list[Any] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    banned = np.array([i for i in control if i not in (None, tokenizer.unk_token_id)], dtype=np.int64)
+    width = context_length - len(bos)
+    start = np.array(bos, dtype=np.int64)
+    tokens, owners, held, number = [], [], 0, 0
+    stream = iter(docs)
+    while batch := list(islice(stream, 256)):
+        texts = [document.text + "\n\n" for document in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for document, ids in zip(batch, encoded, strict=True):  # type: ignore[arg-type]
+            row = np.asarray(ids, dtype=np.int64)
+            row = row[~np.isin(row, banned)]
+            tokens.append(row)
+            owners.append(np.full(len(row), number, dtype=np.int64))
+            held += len(row)
+            number += 1
+            if counts is not None:
+                counts.update(("documents", f"source/{document.source}"))
+        if held < width:
+            continue
+        joined, owner = np.concatenate(tokens), np.concatenate(owners)
+        whole = held // width * width
+        for at in range(0, whole, width):
+            piece = slice(at, at + width)
+            yield Context(np.concatenate([start, joined[piece]]), np.concatenate([np.full(len(bos), -1), owner[piece]]))
+        tokens, owners, held = [joined[whole:]], [owner[whole:]], held - whole
+
+
+def evaluation_contexts(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    n_tokens: int,
+    split: Split = "evaluation",
+    context_length: int = 256,
+) -> Contexts:
+    """Read contexts of `split` until they hold at least `n_tokens` tokens (or the text ends).
+
+    Raises:
+        ValueError: the split holds less than one context.
+    """
+    counts: Counter[str] = Counter()
+    packed = pack(documents(text, split=split), tokenizer, context_length, counts=counts)
+    contexts = list(islice(packed, max(1, -(-n_tokens // context_length))))
+    if not contexts:
+        raise ValueError(too_short(text, split, context_length))
+    return Contexts(
+        torch.from_numpy(np.stack([context.tokens for context in contexts])),
+        torch.from_numpy(np.stack([context.document_ids for context in contexts])),
+        sorted(key.removeprefix("source/") for key in counts if key.startswith("source/")),
+    )
+
+
+def too_short(text: str, split: str, context_length: int) -> str:
+    """The message for a text that does not fill one context."""
+    return (
+        f"the {split} split of {text!r} holds no text or less than one context of {context_length} tokens: "
+        "give more text or a smaller context_length"
+    )
+
+
+# --- the packaged text ---
+
+_TRAIN_SETS = ("45_context_ans", "55_open_qa", "93_glue_stsb", "99_sci_cat", "111_yelp_data")
+"""Non-probing sets with sentences in them: passages with questions, elementary science, sentence pairs, science
+forum, restaurant reviews. (112_amzn_rev repeats 111; others hold names, numbers, headlines or probing sets' rows.)"""
+
+_HELD_OUT_SETS = ("49_cm_isshort", "94_ai_gen", "100_news_fake", "101_disease_class", "161_agnews_0")
+"""Other sources, for validation and evaluation alone: stories, essays, political news, medical abstracts, news."""
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+| \| ")
+
+
+def sae_probes_documents(split: Split) -> Iterator[Document]:
+    """Documents of the package sae-probes, by its 155 labelled sets, in the order of a hash of their text.
+
+    train: five of the 42 sets that are not in its k-sparse probing benchmark; whatever shares a sentence of 40
+    characters or more with a text of the benchmark's 113 sets is left out. validation, evaluation: long texts (400
+    characters or more) of five sets from other sources, each text in one of the two by its hash; labels are never read.
+    """
+    import pandas as pd
+
+    spec = importlib.util.find_spec("sae_probes")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError('package:sae-probes is not installed; install it with: pip install "sae-probes>=0.4.2"')
+    data = Path(spec.submodule_search_locations[0]) / "data"
+
+    def texts(name: str) -> list[str]:
+        table = pd.read_csv(data / "cleaned_data" / f"{name}.csv.zst", usecols=lambda column: column == "prompt")
+        return [*table["prompt"].dropna().astype(str)]
+
+    found: dict[bytes, Document] = {}
+    if split == "train":
+        master = pd.read_csv(data / "probing_datasets_MASTER.csv.zst")
+        probing = master.loc[master["Data type"] == "Binary Classification", "Dataset save name"]
+        units = {name: _units(name, texts(name)) for name in _TRAIN_SETS}
+        shared = {
+            sentence
+            for pieces in units.values()
+            for group in pieces
+            for piece in group
+            for sentence in _sentences(piece)
+        }
+        probed: set[str] = set()
+        for name in probing:
+            for text in texts(Path(name).stem):
+                probed.update(sentence for sentence in _sentences(text) if sentence in shared)
+        for name, groups in units.items():
+            for head, *tails in groups:
+                if not any(sentence in probed for sentence in _sentences(head)):
+                    kept = [tail for tail in tails if not any(s in probed for s in _sentences(tail))]
+                    text = "\n".join([head, *kept])
+                    found.setdefault(_digest(text), Document("", name, text))
+    else:
+        for name in _HELD_OUT_SETS:
+            for text in texts(name):
+                digest = _digest(text)
+                if len(text) >= 400 and (digest[0] < 128) == (split == "validation"):
+                    found.setdefault(digest, Document("", name, text))
+    for digest in sorted(found):
+        yield found[digest]._replace(id=digest.hex()[:16])
+
+
+def _units(name: str, texts: list[str]) -> list[list[str]]:
+    """Texts as [head, *tails] whose parts may be left out one by one; a passage repeated for each of its questions
+    becomes one head with the questions as tails."""
+    if name != "45_context_ans":
+        return [[text.replace("\\n", "\n")] for text in dict.fromkeys(texts)]  # Yelp's newlines came escaped
+    passages: dict[str, dict[str, None]] = {}
+    for text in texts:
+        passage, question, answers = text.rsplit("\n", 2)
+        passages.setdefault(passage, {})[f"{question}\n{answers}"] = None
+    return [[passage, *questions] for passage, questions in passages.items()]
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence for sentence in _SENTENCE_END.split(text) if len(sentence) >= 40]
+
+
+# --- files and the hub ---
+
+_SUFFIXES = (".txt", ".jsonl", ".csv", ".csv.zst", ".parquet")
+
+
+def _files(path: Path) -> list[Path]:
+    """The readable files at a path, sorted."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_SUFFIXES))
+        if not files:
+            raise ValueError(f"folder {path} holds no text: expected files ending in {', '.join(_SUFFIXES)}")
+        return files
+    if not path.exists():
+        raise ValueError(
+            f"text {str(path)!r} not found: expected package:sae-probes, a file or folder, or hf:dataset[split]"
+        )
+    if not path.name.endswith(_SUFFIXES):
+        raise ValueError(f"cannot read {path}: expected a file ending in {', '.join(_SUFFIXES)}")
+    return [path]
+
+
+def _file_documents(path: Path) -> Iterator[Document]:
+    for file in _files(path):
+        for row, text in enumerate(_file_texts(file)):
+            yield Document(f"{file.name}:{row}", file.name, text)
+
+
+def _file_texts(file: Path) -> Iterator[str]:
+    """Texts of one file; a .txt is one document, a table has one a row."""
+    if file.name.endswith(".txt"):
+        yield file.read_text(encoding="utf-8", errors="replace")
+    elif file.name.endswith(".jsonl"):
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _json_text(line, file, number)
+    elif file.name.endswith(".parquet"):
+        import pyarrow.parquet as parquet
+
+        table = parquet.ParquetFile(file)
+        column = _text_column(table.schema_arrow.names, file)
+        for batch in table.iter_batches(1024, columns=[column]):
+            yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+    else:
+        import pandas as pd
+
+        column = _text_column(pd.read_csv(file, nrows=0).columns.tolist(), file)
+        for chunk in pd.read_csv(file, usecols=lambda name: name == column, chunksize=1024):
+            yield from chunk[column].dropna().astype(str)
+
+
+def _json_text(line: str, file: Path, number: int) -> str:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f'{file} line {number}: expected an object with a string "text", got {keys}')
+    return row["text"]
+
+
+def _text_column(columns: list[str], file: Path) -> str:
+    for name in ("text", "prompt", "content"):
+        if name in columns:
+            return name
+    raise ValueError(f"{file} has no column text, prompt or content; its columns are {', '.join(map(str, columns))}")
+
+
+def _hub_documents(spec: str) -> Iterator[Document]:
+    """hf:name[split] -> its column `text`, streamed."""
+    match = re.fullmatch(r"hf:([^\[\]]+)\[([^\[\]]+)\]", spec)
+    if match is None:
+        raise ValueError(f"cannot read {spec!r}: expected hf:dataset[split], as in hf:NeelNanda/pile-10k[train]")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{spec} needs the package datasets; install it with: pip install datasets") from None
+    rows = load_dataset(match[1], split=match[2], streaming=True)
+    for number, row in enumerate(rows):
+        if "text" not in row:
+            raise ValueError(f"{spec} has no column text; its columns are {', '.join(row)}")
+        yield Document(f"{match[1]}:{number}", match[1], row["text"])
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
