@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.polynomial.polynomial import polyval
+from scipy.optimize import least_squares
 from torch import Tensor
+
+from rsae.rational import RationalGate, sample_scale
+from rsae.sae import THETA, RationalSAE
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -66,23 +72,165 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     if architecture == "topk":
         return sae
     gate = getattr(sae, "gate", None)
+    if gate is not None and gate.support != "hard":
+        raise ValueError("matching L0 needs thresholds: this gate is dense")
+    alpha = gate.alpha if gate is not None else 0.0
+    if alpha == 1:
+        return sae  # every sample has its k largest, whatever the thresholds' common factor
     threshold = gate.threshold if gate is not None else getattr(sae, "threshold", None)
-    if gate is not None and (gate.support != "hard" or gate.k is not None):
-        raise ValueError("matching L0 needs a threshold for each latent: this gate is dense, or keeps the k largest")
     near, tokens = [], 0
     for x in activations:
         h = pre_acts(sae, x)
         tokens += len(x)
-        distance = h / threshold.clamp(min=1e-12) if threshold is not None else h
+        if threshold is not None:
+            h = h / (gate.sample_threshold(h) if gate is not None else threshold).clamp(min=1e-12)
         keep = min(math.ceil(4 * l0) + 1, sae.cfg.d_sae)
-        near.append(distance.topk(keep, dim=1).values.flatten())
+        near.append(h.topk(keep, dim=1).values.flatten())
     _require(tokens)
     edge = _value_at_rank(torch.cat(near), round(l0 * tokens))
     if threshold is None:
         sae.b_enc.data.sub_(edge)  # type: ignore[union-attr, operator]
     else:
-        threshold.data.mul_(edge)
+        # theta -> c theta moves theta s^alpha by c^(1 - alpha)
+        threshold.data.mul_(edge ** (1 / (1 - alpha)))
     return sae
+
+
+@torch.no_grad()
+def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
+    """Fit a fresh RationalSAE's gate to where its teacher's pre-activations really are. Returns a copy.
+
+    Hard support: a scalar C_in = C_out is put at the 99.9% quantile of the active pre-activations, so that they use the design
+    interval; the gate is the identity there, and its values do not change.
+
+    Dense support: (a, b, C_in, C_out) by least squares. With t = h/C_in, the histogram w(t) of the pre-activations, weighted by
+    (C_out,j ||w_j||)^2 since that is what an error costs in x_hat, gives
+
+        min over alpha, c_in, c_out of  sum_t w(t) (c_out r_alpha(t/c_in) - gate(t))^2
+
+    by Levenberg-Marquardt from the min-max fit; gate is the teacher's, ReLU or the jump at the design threshold.
+
+    Args:
+        sae: from `RationalSAE.from_teacher`.
+        activations: batches of activations; some thousands of tokens are enough.
+    """
+    sae = copy.deepcopy(sae)
+    gate = sae.gate
+    if gate.support == "hard":
+        if gate.C_in.ndim == 0:
+            active = torch.cat([h[gate(h) != 0][:1_000_000] for h in map(sae.pre_acts, activations)])
+            _require(len(active))
+            top = active.sort().values[min(len(active) - 1, int(0.999 * len(active)))]
+            gate.C_in.fill_(top)
+            gate.C_out.fill_(top)
+            sae.sync_config()
+        return sae
+    family = sae.cfg.metadata.rsae_teacher_architecture
+    if family == "standard":
+        activations = list(activations)
+        largest = max((float(sae.pre_acts(x).max()) for x in activations), default=1.0)
+        gate.C_in.fill_(largest)
+        gate.C_out.fill_(largest)
+    centres, weights = _histogram(sae, activations)
+    target = centres.clip(0) if family == "standard" else np.where(centres > THETA, centres, 0.0)
+    num, den, c_in, c_out = _least_squares(gate, centres, weights, target)
+    gate.num_fit.copy_(torch.from_numpy(num))
+    gate.den_fit.copy_(torch.from_numpy(den))
+    gate.C_in.mul_(c_in)
+    gate.C_out.mul_(c_out)
+    sae.sync_config()
+    return sae
+
+
+def _histogram(sae: RationalSAE, activations: Activations) -> tuple[np.ndarray, np.ndarray]:
+    """Mean t and summed weight of the bins that are not empty; bins are narrow at the threshold, where the gate jumps."""
+    gate = sae.gate
+    near = np.geomspace(1e-6, 0.1, 400)
+    edges = torch.from_numpy(
+        np.unique(np.concatenate([np.linspace(-1.5, 2.0, 1401), THETA - near, [THETA], THETA + near])).astype(np.float32)
+    )
+    sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64)
+    norms = sae.W_dec.norm(dim=1)
+    for x in activations:
+        h = sae.pre_acts(x)
+        tau = sample_scale(h, gate.k) if gate.k is not None else torch.ones(())
+        t = h / (gate.C_in * tau)
+        weight = ((gate.C_out * tau * norms) ** 2).expand_as(t).double().flatten()
+        index = torch.bucketize(t.flatten(), edges.to(t.device))
+        sums[0].index_add_(0, index, weight)
+        sums[1].index_add_(0, index, weight * t.flatten())
+    filled = sums[0] > 0
+    _require(int(filled.sum()))
+    return (sums[1] / sums[0])[filled].numpy(), (sums[0] / sums[0].sum())[filled].numpy()
+
+
+def _least_squares(
+    gate: RationalGate, t: np.ndarray, weights: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Coefficients and factors of C_in and C_out that fit `target` at `t`, from the gate's own as a start."""
+    num, den = (c.detach().double().numpy() for c in (gate.num_coeffs, gate.den_coeffs))
+    p = len(num)
+    root = np.sqrt(weights)
+
+    def unpack(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+        return num * (1 + v[:p]), den * (1 + v[p:-2]), float(np.exp(v[-2])), float(np.exp(v[-1]))
+
+    def residual(v: np.ndarray) -> np.ndarray:
+        a, b, c_in, c_out = unpack(v)
+        scaled = t / c_in
+        u = (scaled.clip(-1, 1) - gate.centre) / gate.scale
+        r = polyval(u, a) / (1 + np.abs(polyval(u, np.concatenate([[0.0], b]))))
+        return root * (c_out * (r + (scaled - 1).clip(0)) - target)
+
+    start = np.zeros(p + len(den) + 2)
+    solution = least_squares(residual, start, method="trf", x_scale="jac", max_nfev=200)
+    best = solution.x if solution.cost <= 0.5 * np.square(residual(start)).sum() else start
+    return unpack(best)
+
+
+@torch.no_grad()
+def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points: int = 401) -> dict[str, Any]:
+    """The gate of each arm on a grid, over the histogram of the teacher's pre-activations: what gate.json holds.
+
+    The unit of both axes is the teacher's threshold (the median over latents; for TopK the calibrated one; for a ReLU, which has
+    none, the median active pre-activation). Gates with scales for each latent are drawn at their median latent.
+    """
+    teacher = arms["teacher"]
+    h = pre_acts(teacher, x)
+    family = teacher.cfg.architecture()
+    if family == "jumprelu":
+        unit, label = float(teacher.threshold.median()), "pre-activation / median threshold of the teacher"  # type: ignore[union-attr, operator]
+    elif family == "topk":
+        unit, label = calibrate_threshold(teacher, [x]), "pre-activation / k-th largest of a typical sample"
+    else:
+        unit, label = float(h[h > 0].median()), "pre-activation / median active one of the teacher"
+    grid = torch.linspace(-2, 8, points)
+    curves = {}
+    for name, sae in arms.items():
+        if name == "control":
+            continue
+        gate = getattr(sae, "gate", None)
+        if gate is None:
+            edge = 0.0 if family == "standard" else 1.0
+            curves[name] = torch.where(grid > edge, grid, 0.0)
+            continue
+        threshold = 0.0 if gate.threshold is None else gate.threshold.median()
+        edge = unit if gate.alpha == 1 else threshold  # with alpha = 1 the sample's own k-th largest decides
+        values = gate.amplitude(grid * unit, gate.C_in.median(), gate.C_out.median()) / unit
+        curves[name] = torch.where(grid * unit > edge, values, 0.0) if gate.support == "hard" else values
+    counts, edges = np.histogram((h / unit).clamp(-2, 8).numpy(), bins=200, range=(-2.0, 8.0))
+    rational = arms["rsae"].gate if "rsae" in arms else None  # type: ignore[union-attr]
+    formula = {} if rational is None else {
+        "degree": list(rational.degree), "num_coeffs": rational.num_coeffs.tolist(), "den_coeffs": rational.den_coeffs.tolist(),
+        "centre": rational.centre, "scale": rational.scale, "support": rational.support, "k": rational.k, "alpha": rational.alpha,
+    }  # fmt: skip
+    return {
+        "x_label": label,
+        "x": grid.tolist(),
+        "arms": {name: curve.tolist() for name, curve in curves.items()},
+        "pre_acts": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "formula": formula,
+    }
 
 
 def _value_at_rank(values: Tensor, rank: int) -> float:

@@ -17,11 +17,13 @@ from rsae.metrics import ArmSums, LossMetrics, ReconstructionMetrics, paired_dif
 from rsae.text import Contexts
 
 COMPARISON_RULE = (
-    "rsae minus the other arm: [difference, low, high], the 95% interval of a bootstrap paired by document; fvu relative "
-    "to the other's, delta_ce in nats per token; the verdict (on the control) is a tie where the interval holds 0, and "
-    "for alive and dense within 0.1 percentage point"
+    "rsae minus the other arm: [difference, low, high], the 95% interval of a bootstrap paired by document; fvu is "
+    "relative to the other's, delta_ce in nats per token; the verdict (on the control) is a tie where the interval "
+    "holds 0, and for alive and dense within 0.1 percentage point"
 )
 _ROWS = 2048  # tokens encoded together: their latents (_ROWS, d_sae) are the largest tensor there is
+Key = tuple[str, str]
+"""(run, arm)."""
 _RESERVED = {"clean", "zero", "mean", "schema", "config", "provenance", "excluded", "sources", "verdict"}
 """Names that an arm may not have: those of the edits beside the arms', and of the other entries of metrics.json."""
 
@@ -112,8 +114,9 @@ def evaluate(
     """Measure arms on held-out text and compare "rsae" with "control" and "teacher", where they are among the arms.
 
     Every metric of `rsae.metrics`, over the same tokens for every arm. Reconstruction and sparsity are over all
-    measured tokens; the loss is over the first `ce_tokens` tokens, with an arm's x_hat in place of the measured
-    activations. Tokens that are not measured (`exclusions`) are not replaced either: their activation passes through.
+    measured tokens; the loss is over `ce_tokens` of them, in contexts spread evenly over the text, with an arm's x_hat in
+    place of the measured activations. Tokens that are not measured (`exclusions`) are not replaced either: their
+    activation passes through.
 
     Args:
         arms: name -> SAE, in float32; each computes on the device of its W_dec.
@@ -136,14 +139,43 @@ def evaluate(
         ValueError: an arm whose d_in is not the host's d_model; nan or inf in the activations, or in the latents or
             reconstruction of an arm (named); no text, or none of it measured; fewer than two documents to compare over.
     """
-    ce_contexts = _check(arms, host, contexts, store_stats, ce_tokens, batch_size)
-    reconstruction = {name: ReconstructionMetrics(host.d_model, sae.cfg.d_sae, eps=eps) for name, sae in arms.items()}
-    losses = {name: LossMetrics() for name in arms}
+    (result,) = evaluate_runs(
+        {"": arms}, host, hook, contexts, store_stats=store_stats, ce_tokens=ce_tokens, eps=eps, batch_size=batch_size,
+        config=config, progress=progress,
+    ).values()  # fmt: skip
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def evaluate_runs(
+    runs: Mapping[str, Mapping[str, Autoencoder]],
+    host: LanguageModel,
+    hook: str,
+    contexts: Contexts,
+    *,
+    store_stats: SinkRule,
+    ce_tokens: int | None = None,
+    eps: float = 0.0,
+    batch_size: int = 16,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`evaluate` for several runs (name -> arms) on the same text: the host runs once for all of them.
+
+    Returns:
+        For each run what `evaluate` returns for its arms.
+    """
+    (ce_contexts, *_) = [_check(arms, host, contexts, store_stats, ce_tokens, batch_size) for arms in runs.values()]
+    saes = {(run, arm): sae for run, arms in runs.items() for arm, sae in arms.items()}
+    reconstruction = {key: ReconstructionMetrics(host.d_model, sae.cfg.d_sae, eps=eps) for key, sae in saes.items()}
+    losses = {key: LossMetrics() for key in saes}
     n_contexts, length = contexts.tokens.shape
     excluded = dict.fromkeys(Exclusions._fields, 0)
     with torch.inference_mode():
         for start in range(0, n_contexts, batch_size):
-            tokens, documents = (part[start : start + batch_size] for part in (contexts.tokens, contexts.documents))
+            rows = slice(start, start + batch_size)
+            tokens, documents = contexts.tokens[rows], contexts.documents[rows]
             activations = host.activations(tokens, hook)
             if not activations.isfinite().all():
                 raise ValueError(
@@ -156,34 +188,38 @@ def evaluate(
             measured = ~(masks.bos | masks.special | masks.sink)
             x = activations[measured.to(activations.device)].float()
             x_hats = {
-                name: _reconstruct(name, sae, x, documents[measured], reconstruction[name])
-                for name, sae in arms.items()
+                key: _reconstruct("/".join(key).strip("/"), sae, x, documents[measured], reconstruction[key])
+                for key, sae in saes.items()
             }
-            if (head := ce_contexts - start) > 0:
-                head_measured = measured[:head]
-                spliced = {name: x_hat[: int(head_measured.sum())] for name, x_hat in x_hats.items()}
-                _losses(losses, host, hook, tokens[:head], documents[:head], head_measured, spliced, store_stats.mean)
+            if (chosen := ce_contexts[rows]).any():
+                spliced = chosen[:, None].expand_as(measured)[measured]  # the rows of x that these contexts hold
+                _losses(
+                    losses, host, hook, tokens[chosen], documents[chosen], measured[chosen],
+                    {key: x_hat[spliced] for key, x_hat in x_hats.items()}, store_stats.mean,
+                )  # fmt: skip
             if progress is not None:
                 progress("evaluate", min(start + batch_size, n_contexts) * length, n_contexts * length)
 
     total = contexts.tokens.numel()
     if sum(excluded.values()) == total:
         raise ValueError(f"all {total} held-out tokens are excluded ({excluded}): is the sink ratio too small?")
-    result = {
-        "schema": 1,
-        "config": dict(config or {}),
-        "provenance": provenance(),
-        "counting_rule": next(iter(reconstruction.values())).counting_rule,
-        "exclusion_rule": _exclusion_rule(store_stats.ratio),
-        "comparison_rule": COMPARISON_RULE,
-        "excluded": {name: count / total for name, count in excluded.items()},
-        "sources": list(contexts.sources),
-        **{name: reconstruction[name].compute() | losses[name].compute() for name in arms},
-    }
-    result |= _comparisons(result, reconstruction, losses)
-    if out is not None:
-        write_json(out, result)
-    return result
+    results = {}
+    for run, arms in runs.items():
+        ours = {arm: reconstruction[run, arm] for arm in arms}
+        our_losses = {arm: losses[run, arm] for arm in arms}
+        result: dict[str, Any] = {
+            "schema": 1,
+            "config": dict(config or {}),
+            "provenance": provenance(),
+            "counting_rule": next(iter(ours.values())).counting_rule,
+            "exclusion_rule": _exclusion_rule(store_stats.ratio),
+            "comparison_rule": COMPARISON_RULE,
+            "excluded": {name: count / total for name, count in excluded.items()},
+            "sources": list(contexts.sources),
+            **{arm: ours[arm].compute() | our_losses[arm].compute() for arm in arms},
+        }
+        results[run] = result | _comparisons(result, ours, our_losses)
+    return results
 
 
 def _reconstruct(
@@ -211,26 +247,27 @@ def _reconstruct(
 
 
 def _losses(
-    metrics: Mapping[str, LossMetrics],
+    metrics: Mapping[Key, LossMetrics],
     host: LanguageModel,
     hook: str,
     tokens: Int[Tensor, "B T"],
     documents: Int[Tensor, "B T"],
     measured: Bool[Tensor, "B T"],
-    spliced: Mapping[str, Float[Tensor, "n d_in"]],
+    spliced: Mapping[Key, Float[Tensor, "n d_in"]],
     mean: Float[Tensor, " d_in"],
 ) -> None:
     """Add the losses of every arm, with its x_hat (n = measured tokens) spliced in, beside the two ablations."""
-    replacements = {**spliced, "zero": torch.zeros_like(mean), "mean": mean}
-    edits = {name: _splice(measured, values) for name, values in replacements.items()}
-    by_edit = host.token_losses(tokens, hook, edits)
+    edits = {"/".join(key): _splice(measured, x_hat) for key, x_hat in spliced.items()}
+    ablations = {"zero": _splice(measured, torch.zeros_like(mean)), "mean": _splice(measured, mean)}
+    by_edit = host.token_losses(tokens, hook, edits | ablations)
     counted = measured[:, :-1]  # the activation at t predicts token t+1
     predicted = documents[:, 1:][counted]
     nll = {name: losses.nll.to(counted.device)[counted] for name, losses in by_edit.items()}
-    for name in spliced:
+    for key in spliced:
+        name = "/".join(key)
         kl = by_edit[name].kl.to(counted.device)[counted]
-        with _naming(name):
-            metrics[name].update(nll["clean"], nll[name], nll["zero"], nll["mean"], kl, predicted)
+        with _naming(name.strip("/")):
+            metrics[key].update(nll["clean"], nll[name], nll["zero"], nll["mean"], kl, predicted)
 
 
 def _splice(measured: Bool[Tensor, "B T"], values: Tensor) -> Callable[[Tensor], Tensor]:
@@ -293,8 +330,8 @@ def _check(
     stats: SinkRule,
     ce_tokens: int | None,
     batch_size: int,
-) -> int:
-    """Refuse what cannot be measured before anything runs; how many contexts the loss is measured on."""
+) -> Bool[Tensor, " N"]:
+    """Refuse what cannot be measured before anything runs; the contexts that the loss is measured on, evenly spread."""
     if not arms or _RESERVED & set(arms):
         raise ValueError(f"arms must be named, and not one of {sorted(_RESERVED)}; got {sorted(arms)}")
     for name, sae in arms.items():
@@ -315,10 +352,12 @@ def _check(
         raise ValueError(f"no held-out text: {n_contexts} contexts of {length} tokens, where one of two is the least")
     if batch_size < 1 or (ce_tokens is not None and ce_tokens < 1):
         raise ValueError(f"batch_size and ce_tokens must be at least 1, got {batch_size} and {ce_tokens}")
-    ce_contexts = n_contexts if ce_tokens is None else min(n_contexts, -(-ce_tokens // length))
-    if _compared(arms) and len(contexts.documents[:ce_contexts, 1:].unique()) < 2:
+    n_chosen = n_contexts if ce_tokens is None else min(n_contexts, -(-ce_tokens // length))
+    chosen = torch.zeros(n_contexts, dtype=torch.bool)
+    chosen[torch.linspace(0, n_contexts - 1, n_chosen).round().long()] = True
+    if _compared(arms) and len(contexts.documents[chosen, 1:].unique()) < 2:
         raise ValueError(
-            f"the {ce_contexts} contexts that the loss is measured on hold one document: an interval needs two at "
+            f"the {n_chosen} contexts that the loss is measured on hold one document: an interval needs two at "
             "least, give more evaluation text or a larger ce_tokens"
         )
-    return ce_contexts
+    return chosen

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rsae import sparse
 from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0
-from rsae.rational import RationalGate, Surrogate, hard_edge
+from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
 from rsae.sae import save_sae
 from rsae.teachers import load_teacher
 
@@ -63,6 +63,8 @@ class FinetuneConfig:
     """For matched-l0; None: the L0 that the SAE has when it comes."""
     penalty: float | None = None
     """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
+    alpha: float = 0.25
+    """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate)."""
     surrogate: Surrogate = field(default_factory=Surrogate)
     """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
     seed: int = 0
@@ -244,6 +246,7 @@ class ThresholdTrainee(Trainee):
         if config.objective == "l0":
             self.surrogate = self.surrogate._replace(price=config.penalty)
         self.gate = gate and copy.deepcopy(gate)
+        self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         if self.gate is not None:
             self.gate.threshold = None
             self.log_C_in = nn.Parameter((self.gate.C_in.detach() / unit).log())
@@ -257,11 +260,18 @@ class ThresholdTrainee(Trainee):
         return [self.log_threshold, self.log_C_in, self.log_C_out, self.gate.num_relative, self.gate.den_relative]
 
     def choose(self, h: Tensor) -> sparse.Entries:
-        lowest = self.log_threshold.detach().exp() * (1 - 0.5 * self.surrogate.bandwidth)
-        return sparse.Entries.of(h > lowest.to(h.dtype))
+        relative = h / self.log_threshold.detach().exp().to(h.dtype)
+        lowest: Tensor | float = 1 - 0.5 * self.surrogate.bandwidth
+        self.follow: Tensor | None = None
+        if self.k is not None:
+            self.follow = sample_scale(relative, self.k).float() ** self.alpha
+            lowest = (lowest * self.follow).to(h.dtype)
+        return sparse.Entries.of(relative > lowest)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         threshold = self.log_threshold.exp()[entries.latents]
+        if self.follow is not None:
+            threshold = threshold * self.follow.squeeze(1)[entries.rows]
         amplitude = h if self.gate is None else self.gate.amplitude(h, *self._scales(entries))
         curvature = self.norms.squeeze(1)[entries.latents] ** 2 / entries.shape[0]
         surrogate = self.surrogate
@@ -274,7 +284,10 @@ class ThresholdTrainee(Trainee):
         return (C_in, C_out) if C_in.ndim == 0 else (C_in[entries.latents], C_out[entries.latents])
 
     def steer(self, l0: float, target: float) -> None:
-        step = 0.1 * math.log(max(l0, 1e-3) / target)
+        if self.alpha == 1:
+            return  # a common factor cancels: L0 is k
+        # s(x) falls as thresholds rise, and takes the share alpha of every step back
+        step = 0.1 * math.log(max(l0, 1e-3) / target) / (1 - self.alpha)
         self.log_threshold.data.add_(max(-0.1, min(0.1, step)))
 
     def state_of_gate(self) -> dict[str, float]:
@@ -445,16 +458,20 @@ def _with_thresholds(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: flo
         return sae
     if gate.support != "hard":
         raise ValueError("fine-tuning a dense gate is not built yet: use support='hard'")
-    if gate.k is None and bool((gate.threshold > 0).all()):
-        return sae
-    sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     sae = copy.deepcopy(sae)
-    # For the k largest: the one threshold with the same L0. For a ReLU: the one that keeps its larger latents, since what l1
-    # shrank to little more than nothing is what the threshold is there to leave out
-    share = 1.0 if gate.k is not None else RELU_START
-    threshold = calibrate_threshold(sae, sample, share * l0)
-    sae.cfg.k = sae.gate.k = None
-    sae.gate.threshold.data.clamp_(min=threshold)
+    gate = sae.gate
+    sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
+    if gate.k is not None or not bool((gate.threshold > 0).all()):
+        # For a TopK: the one threshold with the same L0. For a ReLU: the one that keeps its larger latents, since what l1
+        # shrank to little more than nothing is what the threshold is there to leave out
+        share = 1.0 if gate.k is not None else RELU_START
+        threshold = calibrate_threshold(sae, sample, share * l0)
+        if gate.k is not None:
+            gate.threshold.data.mul_(threshold / gate.threshold.median())
+        else:
+            gate.threshold.data.clamp_(min=threshold)
+    gate.k, gate.alpha = (max(1, round(l0)), config.alpha) if config.alpha > 0 else (None, 0.0)
+    sae.sync_config()
     return sae
 
 

@@ -1,4 +1,4 @@
-"""From text to stored activations: run the host to a hook, keep what an SAE should learn from, read it back shuffled."""
+"""From text to stored activations: run the host to a hook, keep what an SAE learns from, read it back shuffled."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class ActivationStore:
             epoch += 1
 
     def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n d_in"], Int[Tensor, " n"]]]:
-        """Once through in stored order, at most `batch_size` rows at a time: (activations float32, document numbers)."""
+        """Once through in stored order, `batch_size` rows at a time: (activations float32, document numbers)."""
         for shard in self.meta["shards"]:
             with safe_open(self.path / shard["file"], "pt") as file:
                 activations, owners = file.get_slice("activations"), file.get_slice("documents")

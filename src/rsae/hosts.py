@@ -38,7 +38,7 @@ class HookPoint(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """Negative log-likelihood and KL(clean || edited) of each predicted token, in nats: (B, T-1) float32, on the CPU."""
+    """Negative log-likelihood and KL(clean || edited) of each predicted token, nats: (B, T-1) float32, on the CPU."""
 
     nll: Tensor
     kl: Tensor
@@ -71,8 +71,8 @@ class Host:
     def hook_point(self, hook: str) -> HookPoint:
         """Resolve a hook's name.
 
-        A name is `blocks.N.hook_resid_pre` or `blocks.N.hook_resid_post` as in TransformerLens, or the path of a layer or
-        of a module inside one, which means its output (`model.layers.9`, `model.layers.9.mlp`).
+        A name is `blocks.N.hook_resid_pre` or `blocks.N.hook_resid_post` as in TransformerLens, or the path of a layer
+        or of a module inside one, which means its output (`model.layers.9`, `model.layers.9.mlp`).
 
         Raises:
             ValueError: no such hook; the message lists the nearest names.
@@ -116,7 +116,7 @@ class Host:
             nll[b, t] = -log p(tokens[b, t+1] | tokens[b, :t+1])
             kl[b, t]  = sum_v p_clean(v) (log p_clean(v) - log p_edited(v))
 
-        One forward pass serves all: layers before the hook run once, later ones on all variants side by side. Logits are
+        One forward pass serves all: layers before the hook run once, later ones on all variants at once. Logits are
         taken `chunk` tokens at a time, in the host's dtype as transformers does, and their softmax in float32.
 
         Returns: the losses under "clean" (kl = 0) and under each edit's name.
@@ -247,7 +247,8 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
     if spec.startswith("package:"):
         path, fingerprint = _packaged(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16, attn_implementation="sdpa")
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load a language model from {spec!r} ({_first_line(error)}); expected a hub id, a local "
@@ -328,11 +329,26 @@ def _convert(package: _Package, scratch: Path, out: Path) -> None:
             f"{gguf} is damaged: expected sha256 {package.sha256}, found {found}; reinstall: {package.pip}"
         )
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(out)
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(out)
     AutoTokenizer.from_pretrained(**place).save_pretrained(out)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' own bars within the block: only the command line prints."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _layers_path(model: PreTrainedModel) -> str:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.polynomial import polynomial as poly
 from numpy.typing import ArrayLike
+from scipy.linalg import solve_triangular
 
 from rsae.remez import Array, Failed, Interval, Problem, apart, clustered, extrema, inside, solve
 
@@ -381,9 +382,11 @@ def _safe(
     length = max(high - c, c - low)
     v, (P, Q) = (x - c) / length, optimum(x)
     r, Q = P / Q, Q / optimum(np.array([c]))[1]
-    columns = np.hstack([v[:, None] ** num_powers, -r[:, None] * v[:, None] ** den_powers]) / Q[:, None]
+    v_to = np.vander(v, max(p, q) + 1, increasing=True)
+    columns = np.hstack([v_to[:, num_powers], -r[:, None] * v_to[:, den_powers]]) / Q[:, None]
     norms = np.linalg.norm(columns, axis=0)
-    solution = np.linalg.lstsq(columns / norms, r / Q, rcond=0.0)[0] / norms
+    orthonormal, triangle = np.linalg.qr(columns / norms)
+    solution = solve_triangular(triangle, orthonormal.T @ (r / Q), check_finite=False) / norms
     num, den = np.zeros(problem.p + 1), np.zeros(problem.q + 1)
     num[num_powers], den[0], den[den_powers] = solution[: len(num_powers)], 1.0, solution[len(num_powers) :]
     added = poly.polymul(den, [symmetry.constant + symmetry.slope * c, symmetry.slope * length])[: problem.p + 1]

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rsae.artefacts import Progress, config_hash, provenance, read_json, write_json
+from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, gate_curves, mean_l0
-from rsae.evaluate import StoreStats, compare, measure
+from rsae.evaluate import evaluate, evaluate_runs
 from rsae.finetune import FinetuneConfig, finetune
 from rsae.harvest import ActivationStore, harvest
 from rsae.hosts import Host, load_host
 from rsae.pretrain import Family, pretrain
 from rsae.report import write_report
 from rsae.sae import RationalSAE, save_sae
-from rsae.teachers import Teacher, load_teacher
-from rsae.text import evaluation_contexts
+from rsae.teachers import load_teacher
+from rsae.text import Contexts, Split, evaluation_contexts
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -52,31 +52,38 @@ class UpgradeConfig:
     """Of both fine-tuned arms."""
 
 
+@dataclass(frozen=True)
 class Data:
     """A host, and what was read from it: activations to train on and to match L0 on, held-out text to compare on."""
 
-    def __init__(
-        self, host: Host, hook: str, text: str, folder: Path, config: UpgradeConfig, progress: Progress | None
-    ) -> None:
-        self.host, self.hook, self.text = host, host.hook_point(hook).name, text
-        common: dict[str, Any] = {"context_length": config.context_length, "progress": progress}
-        self.train = harvest(host, hook, text, folder / "train", n_tokens=config.train_tokens, split="train", **common)
-        self.validation = harvest(
-            host, hook, text, folder / "validation", n_tokens=config.validation_tokens, split="validation", **common
-        )
-        self.evaluation = evaluation_contexts(
+    host: Host
+    hook: str
+    train: ActivationStore
+    validation: ActivationStore
+    evaluation: Contexts
+
+    @classmethod
+    def gather(
+        cls, host: Host, hook: str, text: str, folder: Path, config: UpgradeConfig, progress: Progress | None
+    ) -> Data:
+        """Harvest, or open what has been harvested already."""
+        hook = host.hook_point(hook).name
+
+        def store(split: Split, n_tokens: int) -> ActivationStore:
+            length = config.context_length
+            return harvest(
+                host, hook, text, folder / split, n_tokens=n_tokens, split=split, context_length=length, progress=progress
+            )
+
+        train, validation = store("train", config.train_tokens), store("validation", config.validation_tokens)
+        evaluation = evaluation_contexts(
             host.tokenizer, text, n_tokens=config.evaluation_tokens, context_length=config.context_length
         )
-
-    @property
-    def stats(self) -> StoreStats:
-        """Which tokens are sinks, and the mean activation: those of the training text."""
-        rule = self.train.sink_rule
-        return StoreStats(rule.mean, rule.median_norm, rule.ratio)
+        return cls(host, hook, train, validation, evaluation)
 
 
 def upgrade(
-    teacher: str | Path | Teacher,
+    teacher: str | Path,
     host: str,
     hook: str,
     text: str,
@@ -92,7 +99,7 @@ def upgrade(
     log.jsonl), metrics.json, gate.json, run.json and report.html. A finished stage is not run again, a killed one continues.
 
     Args:
-        teacher: what `rsae.load_teacher` takes, or its result.
+        teacher: what `rsae.load_teacher` takes.
         host: what `rsae.load_host` takes: a hub id, a local folder, or "package:gemma3-270m".
         hook: TransformerLens name ("blocks.9.hook_resid_post") or HF module path ("model.layers.9").
         text: what `rsae.harvest.harvest` takes: "package:sae-probes", a file or folder, "hf:dataset[split]".
@@ -104,25 +111,249 @@ def upgrade(
     Raises:
         ValueError: any input that does not fit, before anything is written; `out` holds another run.
     """
-    config = config or UpgradeConfig()
-    out = Path(out)
-    loaded = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
-    identity = {
-        "teacher": loaded.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config),
-    }  # fmt: skip
-    if (finished := _finished(out, identity)) is not None:
-        return finished
-    lm = load_host(host)
-    check_fit(loaded, lm, hook)
-    _claim(out, identity)
-    clock = Clock()
-    with clock("harvest"):
-        data = Data(lm, hook, text, out / "acts", config, progress)
-    run = Run(out, loaded.family, loaded.sae, data, config, clock, progress, command)
-    run.arms()
-    with clock("evaluate"):
-        measured = measure(run.saes, lm, data.hook, data.evaluation, store_stats=data.stats, ce_tokens=config.ce_tokens, progress=progress)
-    metrics = run.record(compare(measured, {arm: arm for arm in ARMS}))
+    config, out = config or UpgradeConfig(), Path(out)
+    loaded = load_teacher(teacher)
+    if loaded.family not in ("relu", "jumprelu", "topk"):
+        raise ValueError(f"{teacher} is a {loaded.family} SAE already: upgrade takes a ReLU, JumpReLU or TopK teacher")
+    identity = {"teacher": loaded.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
+    ledger = Ledger.open(out, identity, command)
+    if ledger.done:
+        return read_json(out / "metrics.json")
+    model = load_host(host)
+    model.hook_point(hook)
+    if loaded.sae.cfg.d_in != model.d_model:
+        raise ValueError(
+            f"the teacher has d_in {loaded.sae.cfg.d_in}, the host {host} has d_model {model.d_model}: "
+            "it was trained on another model"
+        )
+    ledger.claim()
+    with ledger.clock("harvest"):
+        data = Data.gather(model, hook, text, out / "acts", config, progress)
+    arms = train_arms(out, loaded.sae, data, config, ledger, progress)
+    with ledger.clock("evaluate"):
+        (metrics,) = evaluate_runs(
+            {out.name: arms}, model, data.hook, data.evaluation, store_stats=data.train.sink_rule,
+            ce_tokens=config.ce_tokens, config=identity, progress=progress,
+        ).values()  # fmt: skip
+    _record(out, loaded.family, arms, metrics, data, config, ledger)
     write_report([out], out / "report.html")
-    _mark_finished(out, identity)
+    ledger.finish()
     return metrics
+
+
+# The demo's sizes: what two cores do in a quarter of an hour, and no more than that
+DEMO = UpgradeConfig(
+    train_tokens=260_000,
+    validation_tokens=40_000,
+    evaluation_tokens=60_000,
+    ce_tokens=6_144,
+    finetune=FinetuneConfig(steps=250),
+)
+DEMO_L0, DEMO_EXPANSION = 32, 8
+DEMO_TEACHER = FinetuneConfig(steps=300, lr=1e-3, warmup=0.1, decay=0.3, target_l0=DEMO_L0, penalty=2.5)
+
+
+def demo(
+    out: str | Path,
+    *,
+    host: str = "package:gemma3-270m",
+    hook: str = "blocks.9.hook_resid_post",
+    text: str = "package:sae-probes",
+    config: UpgradeConfig = DEMO,
+    teacher: FinetuneConfig = DEMO_TEACHER,
+    families: Sequence[Family] = ("relu", "jumprelu", "topk"),
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Train a teacher of each family on a real model, upgrade each, and write one page: the main job from nothing.
+
+    Leaves out/report.html and for each family out/FAMILY/ with what `upgrade` leaves; the activations, which all share, are
+    in out/acts. A finished demo is verified (checksums of its files) and its metrics returned.
+
+    Returns:
+        metrics.json of each family.
+    """
+    out = Path(out)
+    identity = {
+        "host": host, "hook": hook, "text": text, "config": asdict(config), "teacher": asdict(teacher), "families": list(families),
+    }  # fmt: skip
+    ledger = Ledger.open(out, identity, command)
+    if ledger.done:
+        return {family: read_json(out / family / "metrics.json") for family in families}
+    model = load_host(host)
+    model.hook_point(hook)
+    ledger.claim()
+    with ledger.clock("harvest"):
+        data = Data.gather(model, hook, text, out / "acts", config, progress)
+    runs: dict[str, dict[str, SAE[Any]]] = {}
+    ledgers: dict[str, Ledger] = {}
+    for family in families:
+        run = out / family
+        ledgers[family] = Ledger.open(run, {**identity, "family": family}, command)
+        ledgers[family].claim()
+        with ledgers[family].clock("pretrain"):
+            sae = pretrain(
+                family, data.train, teacher, d_sae=DEMO_EXPANSION * data.train.d_in, held_out=data.validation,
+                metadata={"model_name": host, "hook_name": data.hook}, out=run / "teacher", progress=progress,
+            )  # fmt: skip
+        runs[family] = train_arms(run, sae, data, config, ledgers[family], progress)
+    with ledger.clock("evaluate"):
+        results = evaluate_runs(
+            runs, model, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=config.ce_tokens,
+            config=identity, progress=progress,
+        )  # fmt: skip
+    for family in families:
+        ledgers[family].seconds = {**ledger.seconds, **ledgers[family].seconds}
+        _record(out / family, family, runs[family], results[family], data, config, ledgers[family])
+    write_report([out / family for family in families], out / "report.html")
+    ledger.finish()
+    return results
+
+
+def train_arms(
+    run: Path, teacher: SAE[Any], data: Data, config: UpgradeConfig, ledger: Ledger, progress: Progress | None
+) -> dict[str, SAE[Any]]:
+    """The four arms of a teacher, each saved in its folder of the run: teacher, control, init, rsae.
+
+    Control and RSAE are trained on the same batches, for the same steps, to the teacher's L0.
+    """
+    if not (run / "teacher" / "cfg.json").exists():
+        save_sae(teacher, run / "teacher")
+    l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(2048)))
+    settings = replace(config.finetune, target_l0=config.finetune.target_l0 or l0)
+    with ledger.clock("init"):
+        sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
+        init = calibrate(RationalSAE.from_teacher(teacher, config.degree), sample)
+        save_sae(init, run / "init")
+    arms = {"teacher": teacher, "init": init}
+    for arm, start in (("control", teacher), ("rsae", init)):
+        with ledger.clock(arm):
+            arms[arm] = finetune(
+                start, data.train, settings, held_out=data.validation, out=run / arm, progress=progress,
+                name=f"{run.name} {arm}",
+            )  # fmt: skip
+    return {arm: arms[arm] for arm in ARMS}
+
+
+def evaluate_folder(
+    run: Path, host: str, hook: str, text: str, acts: Path, *, tokens: int, ce_tokens: int, progress: Progress | None
+) -> dict[str, Any]:
+    """Measure the arms that a run folder holds, and write its metrics.json."""
+    arms = {arm: load_teacher(run / arm).sae for arm in ARMS if (run / arm / "cfg.json").exists()}
+    if not arms:
+        raise ValueError(f"{run} holds none of {', '.join(ARMS)}: is it a run folder?")
+    store, model = ActivationStore.open(acts), load_host(host)
+    contexts = evaluation_contexts(
+        model.tokenizer, text, n_tokens=tokens, context_length=store.meta["config"]["context_length"]
+    )
+    config = {"host": host, "hook": hook, "text": text, "tokens": tokens, "ce_tokens": ce_tokens}
+    return evaluate(
+        arms, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, config=config,
+        out=run / "metrics.json", progress=progress,
+    )  # fmt: skip
+
+
+class Ledger:
+    """What a run folder is, in its run.json: its identity, the time of each stage, and whether all of it is done."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], command: str | None, found: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+        self.about: dict[str, Any] = found or {
+            "identity": self.identity,
+            "hash": config_hash(self.identity),
+            "name": folder.name,
+            "command": command,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "provenance": provenance(),
+            "done": False,
+        }
+        self.seconds: dict[str, float] = self.about.get("seconds", {})
+
+    @classmethod
+    def open(cls, folder: Path, identity: dict[str, Any], command: str | None) -> Ledger:
+        """The folder's ledger if it is of this run, a fresh one for a new or empty folder; nothing is written yet.
+
+        Raises:
+            ValueError: the folder holds another run, something else, or a finished run whose files have changed.
+        """
+        file, found = folder / "run.json", {}
+        if file.exists():
+            found = read_json(file)
+            if found.get("hash") != config_hash(json.loads(json.dumps(identity))):
+                raise ValueError(f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it")
+        elif folder.exists() and any(p for p in folder.iterdir() if p.name not in ("teacher", "acts")):
+            raise ValueError(f"{folder} is not empty and holds no run of rsae: choose another --out")
+        ledger = cls(folder, identity, command, found)
+        for name, digest in found.get("files", {}).items():
+            if not (folder / name).exists() or sha256_file(folder / name) != digest:
+                raise ValueError(f"{folder / name} is missing or has changed since the run ended: delete {folder} and run again")
+        return ledger
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has ended and its files are as it left them."""
+        return bool(self.about["done"])
+
+    def claim(self) -> None:
+        """Make the folder this run's."""
+        self.write()
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the time of a stage to those of the run."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 1)
+            self.write()
+
+    def write(self, **more: Any) -> None:
+        """Write run.json."""
+        self.about |= {"seconds": self.seconds, "peak_memory_gb": _peak_memory_gb(), **more}
+        write_json(self.folder / "run.json", self.about)
+
+    def finish(self) -> None:
+        """Mark the run as done, with the checksums that a later call verifies."""
+        patterns = ("report.html", "metrics.json", "*/metrics.json", "*/*.safetensors", "*/*/sae_weights.safetensors")
+        files = sorted({file for pattern in patterns for file in self.folder.glob(pattern)})
+        self.write(done=True, files={str(file.relative_to(self.folder)): sha256_file(file) for file in files})
+
+
+def _differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
+    """What another run's identity has otherwise, in a few words."""
+    old = found.get("identity", {})
+    names = [name for name, value in json.loads(json.dumps(identity)).items() if old.get(name) != value]
+    return "another " + ", ".join(names) if names else "of another kind"
+
+
+def _record(
+    run: Path, family: str, arms: dict[str, SAE[Any]], metrics: dict[str, Any], data: Data, config: UpgradeConfig, ledger: Ledger
+) -> None:
+    """metrics.json, gate.json and run.json of one upgraded teacher."""
+    write_json(run / "metrics.json", metrics)
+    sample = next(iter(data.validation.iterate(4096)))[0]
+    write_json(run / "gate.json", gate_curves(arms, sample))
+    ledger.write(
+        family=family,
+        host=data.host.spec,
+        hook=data.hook,
+        text=data.train.meta["config"]["text"],
+        target_l0=read_json(run / "rsae" / "finetune.json")["config"]["target_l0"],
+        d_in=data.train.d_in,
+        d_sae=arms["teacher"].cfg.d_sae,
+        tokens={
+            "train": data.train.n_tokens,
+            "validation": data.validation.n_tokens,
+            "finetune": config.finetune.steps * config.finetune.batch_size,
+            "evaluation": metrics["teacher"]["n_tokens"],
+        },
+        finetune=asdict(config.finetune),
+        done=True,
+    )
+
+
+def _peak_memory_gb() -> float:
+    """Peak resident memory of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)

