@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsae.evaluate import evaluate, exclusions
+from rsae.evaluate import evaluate, evaluate_runs, exclusions
 from rsae.harvest import SinkRule
 from rsae.text import Contexts
 
@@ -225,16 +225,27 @@ def test_no_number_depends_on_the_batch_size(
     same(one, other)
 
 
-def test_the_loss_is_over_the_first_contexts(host: CausalMean, contexts: Contexts, stats: SinkRule) -> None:
-    first = Contexts(contexts.tokens[:5], contexts.documents[:5], contexts.sources)
+def test_the_loss_is_over_contexts_spread_evenly(host: CausalMean, contexts: Contexts, stats: SinkRule) -> None:
+    chosen = [0, 2, 4, 6, 8]  # five of nine: round(linspace(0, 8, 5))
+    assert len(contexts.tokens) == 9
+    some = Contexts(contexts.tokens[chosen], contexts.documents[chosen], contexts.sources)
     for ce_tokens in (33, 40):  # rounded up to five contexts of eight
         part = evaluate(
             {"teacher": TinySAE(0)}, host, HOOK, contexts, store_stats=stats, ce_tokens=ce_tokens, batch_size=2
         )
-        whole = evaluate({"teacher": TinySAE(0)}, host, HOOK, first, store_stats=stats)
+        whole = evaluate({"teacher": TinySAE(0)}, host, HOOK, some, store_stats=stats)
         assert part["teacher"]["n_tokens"] > whole["teacher"]["n_tokens"]
         for key in ("n_ce_tokens", "ce_clean", "ce_spliced", "kl", "ce_zero_ablated", "ce_mean_ablated"):
             assert part["teacher"][key] == close(whole["teacher"][key])
+
+
+def test_runs_measured_together_are_as_measured_alone(host: CausalMean, contexts: Contexts, stats: SinkRule) -> None:
+    runs = {name: {"rsae": TinySAE(seed), "control": TinySAE(seed + 1)} for seed, name in enumerate(("relu", "topk"))}
+    together = evaluate_runs(runs, host, HOOK, contexts, store_stats=stats)
+    for name, arms in runs.items():
+        alone = evaluate(arms, host, HOOK, contexts, store_stats=stats)
+        for key in ("rsae", "control", "rsae_minus_control", "verdict"):
+            assert together[name][key] == alone[key]
 
 
 def test_a_loss_belongs_to_the_document_of_the_predicted_token(

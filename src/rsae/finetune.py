@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rsae import sparse
 from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
-from rsae.calibrate import calibrate_threshold, match_l0, mean_l0
+from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
 from rsae.sae import save_sae
 from rsae.teachers import load_teacher
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Objective = Literal["matched-l0", "l0", "l1"]
 
 LOG_EVERY = 10
+# A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
+SILENT_TOKENS = 50_000
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
 RELU_START = 0.8
 
@@ -51,7 +53,7 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 4e-4
     """Adam's learning rate of weights and biases."""
-    gate_lr: float = 1e-3
+    gate_lr: float = 3e-4
     """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""
@@ -63,7 +65,7 @@ class FinetuneConfig:
     """For matched-l0; None: the L0 that the SAE has when it comes."""
     penalty: float | None = None
     """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
-    alpha: float = 0.25
+    alpha: float = 0.7
     """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate)."""
     surrogate: Surrogate = field(default_factory=Surrogate)
     """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
@@ -230,21 +232,22 @@ class TopKTrainee(Trainee):
 class ThresholdTrainee(Trainee):
     """A threshold for each latent, trained through its logarithm. Amplitude: h itself (JumpReLU), or the rational of h."""
 
+    silent: Tensor
+
     def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
         super().__init__(sae, unit, config)
         gate: RationalGate | None = getattr(sae, "gate", None)
         threshold = gate.threshold if gate is not None else sae.threshold
         assert isinstance(threshold, Tensor)
         theta = threshold.detach().float() / unit
-        if bool((theta <= 0).any()):
-            theta = theta.clamp(min=1e-3)
-        self.log_threshold = nn.Parameter(theta.log())
+        self.log_threshold = nn.Parameter(theta.clamp(min=1e-3).log())  # a JumpReLU may have some at 0
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
         self.surrogate = config.surrogate
         if gate is None:
             self.surrogate = config.surrogate._replace(kind="rectangle", strength=0.0)
         if config.objective == "l0":
             self.surrogate = self.surrogate._replace(price=config.penalty)
+        self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
         self.gate = gate and copy.deepcopy(gate)
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         if self.gate is not None:
@@ -277,11 +280,20 @@ class ThresholdTrainee(Trainee):
         surrogate = self.surrogate
         if surrogate.price is not None:
             surrogate = surrogate._replace(price=surrogate.price / entries.shape[0])
-        return hard_edge(amplitude, h, threshold, h > threshold.detach(), surrogate, curvature)
+        on = h > threshold.detach()
+        self.silent += entries.shape[0]
+        self.silent[entries.latents[on]] = 0
+        return hard_edge(amplitude, h, threshold, on, surrogate, curvature)
 
     def _scales(self, entries: sparse.Entries) -> tuple[Tensor, Tensor]:
         C_in, C_out = self.log_C_in.exp(), self.log_C_out.exp()
         return (C_in, C_out) if C_in.ndim == 0 else (C_in[entries.latents], C_out[entries.latents])
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        super().constrain()
+        # What never fires learns nothing: its threshold comes down to it
+        self.log_threshold[self.silent > SILENT_TOKENS] -= 0.02
 
     def steer(self, l0: float, target: float) -> None:
         if self.alpha == 1:
@@ -461,18 +473,30 @@ def _with_thresholds(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: flo
     sae = copy.deepcopy(sae)
     gate = sae.gate
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
-    if gate.k is not None or not bool((gate.threshold > 0).all()):
-        # For a TopK: the one threshold with the same L0. For a ReLU: the one that keeps its larger latents, since what l1
-        # shrank to little more than nothing is what the threshold is there to leave out
-        share = 1.0 if gate.k is not None else RELU_START
-        threshold = calibrate_threshold(sae, sample, share * l0)
-        if gate.k is not None:
-            gate.threshold.data.mul_(threshold / gate.threshold.median())
-        else:
-            gate.threshold.data.clamp_(min=threshold)
+    if gate.k is not None:
+        gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0) / gate.threshold.median())
+        gate.k, gate.alpha = None, 0.0
+    elif not bool((gate.threshold > 0).all()):
+        # In proportion to each latent's own size, so that none is silenced; the common factor keeps the larger activations,
+        # since what l1 shrank to little more than nothing is what a threshold is there to leave out
+        typical = _mean_active(sae, sample)
+        gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
+        sae = match_l0(sae, sample, RELU_START * l0)
+        gate = sae.gate
     gate.k, gate.alpha = (max(1, round(l0)), config.alpha) if config.alpha > 0 else (None, 0.0)
     sae.sync_config()
     return sae
+
+
+@torch.no_grad()
+def _mean_active(sae: SAE[Any], sample: list[Tensor]) -> Tensor:
+    """Mean positive pre-activation of each latent, (d_sae,); of one that has none, the median latent's."""
+    total = count = torch.zeros(sae.cfg.d_sae)
+    for x in sample:
+        h = pre_acts(sae, x)
+        total, count = total + h.relu().sum(0), count + (h > 0).sum(0)
+    mean = total / count
+    return torch.where(count > 0, mean, mean[count > 0].median())
 
 
 def _hash_of(sae: SAE[Any]) -> str:

@@ -378,7 +378,7 @@ def _safe(
     elif step == 2:  # Q is even, but has its minimum at +-c
         step, symmetry = 1, replace(symmetry, odd=False)
     num_powers, den_powers = np.arange(symmetry.odd, p + 1, step), np.arange(step, q + 1, step)
-    x = clustered(problem.intervals, reference)
+    x = clustered(problem.intervals, reference, 6)
     length = max(high - c, c - low)
     v, (P, Q) = (x - c) / length, optimum(x)
     r, Q = P / Q, Q / optimum(np.array([c]))[1]

@@ -70,13 +70,12 @@ class Levelled:
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """P(x), Q(x) up to a common factor."""
-        n = self.hessenberg.shape[1]
-        basis = np.empty((len(x), n + 1))
-        basis[:, 0] = 1.0 / self.norm
-        for k in range(n):
+        basis = np.empty((self.hessenberg.shape[1] + 1, len(x)))
+        basis[0] = 1.0 / self.norm
+        for k in range(len(basis) - 1):
             h = self.hessenberg[: k + 2, k]
-            basis[:, k + 1] = (x * basis[:, k] - basis[:, : k + 1] @ h[:-1]) / h[-1]
-        return basis[:, : len(self.num)] @ self.num, basis[:, : len(self.den)] @ self.den
+            basis[k + 1] = (x * basis[k] - h[:-1] @ basis[: k + 1]) / h[-1]
+        return self.num @ basis[: len(self.num)], self.den @ basis[: len(self.den)]
 
 
 def _level(problem: Problem, x: Array) -> Levelled:

@@ -1,0 +1,262 @@
+"""The loop: gradients against the plain dense formula, matched L0, resuming, what it refuses, and that it learns."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+
+from rsae.calibrate import calibrate, mean_l0
+from rsae.finetune import FinetuneConfig, finetune, schedule, trainee_for
+from rsae.pretrain import initial_sae, pretrain
+from rsae.rational import Surrogate
+from rsae.sae import RationalSAE
+
+D_IN, D_SAE, L0 = 12, 40, 4
+SMALL = FinetuneConfig(steps=30, batch_size=64, lr=3e-3, checkpoint_every=10)
+
+
+class MemoryStore:
+    """Activations in memory, read as an ActivationStore is."""
+
+    def __init__(self, rows, seed):
+        generator = torch.Generator().manual_seed(seed)
+        features = F.normalize(torch.randn(24, D_IN, generator=torch.Generator().manual_seed(99)), dim=1)
+        codes = torch.rand(rows, 24, generator=generator) * (torch.rand(rows, 24, generator=generator) < 0.12)
+        self.x = 50 * (codes @ features + 0.3 + 0.01 * torch.randn(rows, D_IN, generator=generator))
+        self.mean, self.d_in, self.fingerprint = self.x.mean(0), D_IN, f"memory-{rows}-{seed}"
+
+    def batches(self, batch_size, *, seed, start=0):
+        step = start
+        while True:
+            generator = torch.Generator().manual_seed(1000 * seed + step)
+            yield self.x[torch.randint(len(self.x), (batch_size,), generator=generator)]
+            step += 1
+
+    def iterate(self, batch_size):
+        for part in self.x.split(batch_size):
+            yield part, torch.zeros(len(part), dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return MemoryStore(2000, seed=0)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return MemoryStore(1000, seed=1)
+
+
+@pytest.fixture(scope="module")
+def teachers(data, held_out):
+    config = replace(SMALL, steps=150, target_l0=float(L0), penalty=0.05)
+    return {
+        family: pretrain(family, data, config, d_sae=D_SAE, held_out=held_out) for family in ("relu", "jumprelu", "topk")
+    }
+
+
+def fvu(sae, store):
+    with torch.no_grad():
+        return float((sae(store.x) - store.x).square().sum() / (store.x - store.x.mean(0)).square().sum())
+
+
+def dense_reference(trainee, x, gate):
+    """The loss of a trainee by the plain formula on (batch, d_sae) tensors, from the same bfloat16 pre-activations."""
+    centred = x - trainee.b_dec
+    h = centred @ trainee.W_enc.T + trainee.b_enc
+    rounded = F.linear((x - trainee.b_dec.detach()).bfloat16(), trainee.W_enc.bfloat16(), trainee.b_enc.bfloat16())
+    h = h + (rounded.float() - h).detach()  # bfloat16 values, float32 gradients
+    z = gate(h)
+    return (z @ trainee.W_dec + trainee.b_dec - x).square().sum() / len(x), z
+
+
+class TestGradients:
+    """One step's gradients against autograd on the dense formula."""
+
+    def compare(self, trainee, x, gate, extra=lambda z: 0.0, tolerance=6e-3):
+        step = trainee(x)
+        step.loss.backward()
+        ours = {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
+        trainee.zero_grad()
+        loss, z = dense_reference(trainee, x, gate)
+        (loss + extra(z)).backward()
+        torch.testing.assert_close(step.squared_error, loss, rtol=1e-5, atol=1e-5)
+        assert step.l0.item() == pytest.approx(float((z != 0).sum() / len(x)))
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            expected = getattr(trainee, name).grad
+            # the gradient that comes back through the decoder is a bfloat16 product
+            error = (ours[name] - expected).norm() / expected.norm()
+            assert error < tolerance, (name, error)
+
+    def test_relu(self, teachers, data):
+        trainee = trainee_for(teachers["relu"], 10.0, replace(SMALL, penalty=0.3))
+        norms = trainee.W_dec.detach().norm(dim=1)
+        self.compare(trainee, data.x[:64] / 10, torch.relu, lambda z: 0.3 * (z * norms).sum() / 64)
+
+    def test_topk(self, teachers, data):
+        trainee = trainee_for(teachers["topk"], 10.0, SMALL)
+
+        def topk(h):
+            kept = h.topk(L0, dim=1).indices
+            return torch.zeros_like(h).scatter(1, kept, h.gather(1, kept).relu())
+
+        self.compare(trainee, data.x[:64] / 10, topk)
+
+    @pytest.mark.parametrize("kind", ["rectangle", "jump-corrected"])
+    def test_rational_with_hard_support(self, teachers, data, kind):
+        sae = RationalSAE.from_teacher(teachers["jumprelu"])
+        with torch.no_grad():
+            sae.gate.num_relative.normal_(std=1e-3, generator=torch.Generator().manual_seed(0))
+        surrogate = Surrogate(kind, 0.5, 0.3, None)
+        trainee = trainee_for(sae, 10.0, replace(SMALL, surrogate=surrogate))
+        reference = copy.deepcopy(sae.gate)
+        reference.C_in.data /= 10
+        reference.C_out.data /= 10
+        reference.threshold.data /= 10
+        curvature = trainee.norms.squeeze(1) ** 2 / 64
+        # the signal at the edge is a difference of larger numbers, of which one comes from the bfloat16 product
+        self.compare(trainee, data.x[:64] / 10, lambda h: reference(h, surrogate=surrogate, curvature=curvature), tolerance=0.03)
+        for name, theirs in (("num_relative", reference.num_relative), ("den_relative", reference.den_relative)):
+            trainee.zero_grad()
+            trainee(data.x[:64] / 10).loss.backward()
+            ours = getattr(trainee.gate, name).grad
+            assert (ours - theirs.grad).norm() / theirs.grad.norm() < 0.03
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
+class TestArms:
+    def test_the_control_keeps_its_class_and_its_l0(self, family, teachers, data, held_out):
+        teacher = teachers[family]
+        before = mean_l0(teacher, [held_out.x])
+        control = finetune(teacher, data, SMALL, held_out=held_out)
+        assert type(control) is type(teacher)
+        assert mean_l0(control, [held_out.x]) == pytest.approx(before, rel=0.01)
+        assert fvu(control, data) < fvu(teacher, data)
+        torch.testing.assert_close(control.W_dec.norm(dim=1), teacher.W_dec.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+    def test_the_rsae_keeps_the_l0_and_learns(self, family, teachers, data, held_out):
+        teacher = teachers[family]
+        init = calibrate(RationalSAE.from_teacher(teacher), [data.x])
+        assert fvu(init, data) == pytest.approx(fvu(teacher, data), rel=1e-5)
+        rsae = finetune(init, data, replace(SMALL, steps=100), held_out=held_out)
+        assert isinstance(rsae, RationalSAE)
+        assert mean_l0(rsae, [held_out.x]) == pytest.approx(mean_l0(teacher, [held_out.x]), rel=0.01)
+        assert fvu(rsae, data) < fvu(teacher, data)
+        assert bool((rsae.gate.num_fit != init.gate.num_fit).any() or (rsae.gate.num_relative != 0).any())
+
+    def test_a_killed_run_ends_with_the_same_bytes(self, family, teachers, data, held_out, tmp_path):
+        start = calibrate(RationalSAE.from_teacher(teachers[family]), [data.x])
+
+        def stop(name, done, total):
+            if done == 17:
+                raise KeyboardInterrupt
+
+        whole = finetune(start, data, SMALL, held_out=held_out, out=tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            finetune(start, data, SMALL, held_out=held_out, out=tmp_path / "killed", progress=stop)
+        assert (tmp_path / "killed" / "checkpoint.safetensors").exists()
+        finetune(start, data, SMALL, held_out=held_out, out=tmp_path / "killed")
+        for name in ("sae_weights.safetensors", "cfg.json"):
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        steps = [[json.loads(line)["step"] for line in (tmp_path / f / "log.jsonl").read_text().splitlines()] for f in ("whole", "killed")]
+        assert steps[0] == steps[1] == [10, 20, 30]
+        loaded = SAE.load_from_disk(tmp_path / "whole")
+        torch.testing.assert_close(loaded(data.x), whole(data.x), rtol=1e-5, atol=1e-4)
+
+    def test_the_teacher_is_not_changed(self, family, teachers, data, held_out):
+        before = copy.deepcopy(teachers[family].state_dict())
+        finetune(teachers[family], data, replace(SMALL, steps=3), held_out=held_out)
+        for name, tensor in teachers[family].state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+
+def test_a_finished_run_is_loaded_and_not_run_again(teachers, data, held_out, tmp_path):
+    first = finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path)
+    calls = []
+    again = finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path, progress=lambda *a: calls.append(a))
+    assert calls == []
+    assert torch.equal(again.W_dec, first.W_dec)
+
+
+def test_another_run_in_the_folder_is_refused_and_kept(teachers, data, held_out, tmp_path):
+    finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path)
+    before = (tmp_path / "sae_weights.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another run"):
+        finetune(teachers["topk"], data, replace(SMALL, lr=1e-2), held_out=held_out, out=tmp_path)
+    assert (tmp_path / "sae_weights.safetensors").read_bytes() == before
+
+
+def test_objective_l0_prices_latents(teachers, data, held_out):
+    cheap, dear = (
+        finetune(
+            RationalSAE.from_teacher(teachers["jumprelu"]), data,
+            replace(SMALL, steps=100, objective="l0", penalty=price, alpha=0.0, gate_lr=1e-2), held_out=held_out,
+        )
+        for price in (0.001, 1.0)
+    )  # fmt: skip
+    assert mean_l0(dear, [held_out.x]) < 0.8 * mean_l0(cheap, [held_out.x])
+
+
+def test_objective_l1_shrinks(teachers, data, held_out):
+    free, taxed = (
+        finetune(teachers["topk"], data, replace(SMALL, objective="l1", penalty=price), held_out=held_out)
+        for price in (0.0, 1.0)
+    )
+    assert taxed.encode(data.x).abs().sum() < 0.95 * free.encode(data.x).abs().sum()
+
+
+def test_schedule_by_hand():
+    config = FinetuneConfig(steps=100, warmup=0.1, decay=0.2)
+    assert [schedule(s, config) for s in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"objective": "l2"}, "matched-l0"),
+        ({"objective": "l1"}, "needs a penalty"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+def test_d_in_of_sae_and_activations_must_agree(data, held_out):
+    with pytest.raises(ValueError, match="d_in 8 and the activations 12"):
+        finetune(StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)), data, SMALL, held_out=held_out)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(teachers, held_out):
+    broken = MemoryStore(200, seed=0)
+    broken.x[5] = float("nan")
+    with pytest.raises(ValueError, match="the loss is nan"):
+        finetune(teachers["topk"], broken, replace(SMALL, target_l0=4.0, batch_size=400), held_out=held_out)
+
+
+def test_pretrained_teachers_are_saelens_own_classes(teachers, data, held_out):
+    kinds = {"relu": StandardSAE, "jumprelu": JumpReLUSAE, "topk": TopKSAE}
+    for family, sae in teachers.items():
+        assert type(sae) is kinds[family]
+        assert fvu(sae, data) < 0.6 * fvu(initial_sae(family, data, d_sae=D_SAE, l0=L0, seed=0), data)
+        assert mean_l0(sae, [held_out.x]) == pytest.approx(L0, rel=0.02)
+
+
+def test_pretrain_refuses():
+    with pytest.raises(ValueError, match="target_l0"):
+        pretrain("topk", MemoryStore(10, 0), SMALL, d_sae=4, held_out=MemoryStore(10, 1))
+    with pytest.raises(ValueError, match="'relu', 'jumprelu' or 'topk'"):
+        initial_sae("gelu", MemoryStore(10, 0), d_sae=4, l0=2, seed=0)  # type: ignore[arg-type]
+
+
+def test_other_architectures_are_named(data, held_out):
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=8))
+    sae.cfg.__class__ = type("Other", (type(sae.cfg),), {"architecture": classmethod(lambda cls: "gated")})
+    with pytest.raises(ValueError, match="'gated'"):
+        trainee_for(sae, 1.0, SMALL)
+    assert isinstance(TopKSAE(TopKSAEConfig(d_in=2, d_sae=4, k=1)), TopKSAE)

@@ -1,0 +1,292 @@
+"""Teachers from folders: every family read as SAELens reads it, every kind of damage named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_IN, D_SAE
+from safetensors.torch import load_file, save_file
+
+from rsae.sae import RationalSAE
+from rsae.teachers import load_teacher
+
+FAMILIES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk"}
+
+
+@pytest.fixture
+def folder(make_teacher, tmp_path: Path) -> Path:
+    """A good checkpoint of a JumpReLU, to be damaged."""
+    path = tmp_path / "teacher"
+    make_teacher("jumprelu").save_model(path)
+    return path
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | changes))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "sae_weights.safetensors")
+    edit(weights)
+    save_file(weights, folder / "sae_weights.safetensors")
+
+
+# -- good --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_family(make_teacher, x, tmp_path, architecture, as_text) -> None:
+    sae = make_teacher(architecture, apply_b_dec_to_input=False, normalize_activations="layer_norm")
+    sae.save_model(tmp_path)
+    teacher = load_teacher(str(tmp_path) if as_text else tmp_path)
+    assert type(teacher.sae) is type(sae)
+    assert teacher.family == FAMILIES[architecture]
+    with torch.no_grad():
+        assert torch.equal(teacher.sae(x), sae(x))
+    assert teacher.conventions == {
+        "source": str(tmp_path),
+        "architecture": architecture,
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "layer_norm",
+        "hook_name": "blocks.1.hook_resid_post",
+        "model_name": "tiny",
+    }
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_rational_is_a_teacher_too(make_teacher, x, tmp_path, architecture) -> None:
+    sae = RationalSAE.from_teacher(make_teacher(architecture))
+    sae.save_model(tmp_path)
+    teacher = load_teacher(tmp_path)
+    assert type(teacher.sae) is RationalSAE
+    assert teacher.family == "rational"
+    with torch.no_grad():
+        assert torch.equal(teacher.sae(x), sae(x))
+
+
+def test_bfloat16_weights_come_in_float32(make_teacher, tmp_path) -> None:
+    sae = make_teacher("standard").to(torch.bfloat16)
+    sae.save_model(tmp_path)
+    teacher = load_teacher(tmp_path)
+    assert {tensor.dtype for tensor in teacher.sae.state_dict().values()} == {torch.float32}
+    assert torch.equal(teacher.sae.W_enc, sae.W_enc.float())
+    assert teacher.sae.cfg.dtype == "float32"
+
+
+def test_the_fingerprint_tells_weights_apart(make_teacher, tmp_path) -> None:
+    make_teacher("standard").save_model(tmp_path / "a")
+    make_teacher("standard").save_model(tmp_path / "copy")
+    make_teacher("standard", seed=1).save_model(tmp_path / "b")
+    a, copy, b = (load_teacher(tmp_path / name).fingerprint for name in ("a", "copy", "b"))
+    assert a
+    assert a == copy
+    assert a != b
+
+
+def test_loading_changes_no_file(folder) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    load_teacher(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+# -- bad ---------------------------------------------------------------------------------------------------------------
+
+
+def refusal(spec: str | Path) -> str:
+    """What load_teacher says when it refuses, in one line."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers look at the message
+        load_teacher(spec)
+    return str(caught.value)
+
+
+def test_no_folder(tmp_path) -> None:
+    message = refusal(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message
+    assert "cfg.json and sae_weights.safetensors" in message
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_file_is_missing(folder, name) -> None:
+    (folder / name).unlink()
+    message = refusal(folder)
+    assert f"{folder} has no {name}" in message
+
+
+def test_a_file_instead_of_a_folder(folder) -> None:
+    assert "sae_weights.safetensors" in refusal(folder / "sae_weights.safetensors")
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_truncated_weights(folder, length) -> None:
+    file = folder / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    message = refusal(folder)
+    assert str(file) in message
+    assert "truncated" in message
+
+
+def test_broken_json(folder) -> None:
+    (folder / "cfg.json").write_text('{"architecture": "jumprelu", ')
+    assert f"{folder}/cfg.json is not valid JSON" in refusal(folder)
+
+
+def test_json_that_is_no_object(folder) -> None:
+    (folder / "cfg.json").write_text("[]")
+    assert f"{folder}/cfg.json" in refusal(folder)
+
+
+def test_config_in_another_encoding(folder) -> None:
+    (folder / "cfg.json").write_bytes("{\"architecture\": \"jumprelu\", \"note\": \"é\"}".encode("latin-1"))
+    assert f"{folder}/cfg.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("architecture", ["gated", "transcoder", "no-such"])
+def test_unknown_architecture(folder, architecture) -> None:
+    edit_config(folder, architecture=architecture)
+    message = refusal(folder)
+    assert f"{folder}/cfg.json" in message
+    assert repr(architecture) in message
+    assert "standard, jumprelu, topk" in message
+
+
+@pytest.mark.parametrize("key", ["d_in", "d_sae"])
+def test_a_key_is_missing(folder, key) -> None:
+    config = json.loads((folder / "cfg.json").read_text())
+    del config[key]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    message = refusal(folder)
+    assert str(folder) in message
+    assert key in message
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("W_enc", (D_IN, D_SAE - 1)), ("b_enc", (1,)), ("W_dec", (D_IN, D_SAE)), ("b_dec", (D_IN, 1)), ("threshold", (3,))],
+)
+def test_a_tensor_of_the_wrong_shape(folder, name, found) -> None:
+    expected = load_file(folder / "sae_weights.safetensors")[name].shape
+    edit_weights(folder, lambda weights: weights.update({name: torch.zeros(found)}))
+    message = refusal(folder)
+    assert str(folder) in message
+    assert name in message
+    for shape in (tuple(expected), found):
+        assert ", ".join(map(str, shape)) in message
+
+
+def test_config_and_weights_of_different_sizes(folder) -> None:
+    edit_config(folder, d_in=D_IN + 1)
+    message = refusal(folder)
+    assert str(folder) in message
+    assert "W_enc" in message
+    assert str(D_IN + 1) in message
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_a_tensor_is_missing(folder, name) -> None:
+    edit_weights(folder, lambda weights: weights.pop(name))
+    message = refusal(folder)
+    assert str(folder) in message
+    assert name in message
+
+
+def test_a_tensor_too_many(folder) -> None:
+    edit_weights(folder, lambda weights: weights.update(mystery=torch.zeros(3)))
+    assert "mystery" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_nan_and_inf(folder, name, value) -> None:
+    edit_weights(folder, lambda weights: weights[name].view(-1)[:2].fill_(value))
+    message = refusal(folder)
+    assert str(folder) in message
+    assert f"{name} holds 2 nan or inf" in message
+
+
+@pytest.mark.parametrize("changes", [{"num_coeffs": [float("nan"), 1.0]}, {"C_in": float("inf")}])
+def test_a_gate_that_is_not_finite(make_teacher, tmp_path, changes) -> None:
+    RationalSAE.from_teacher(make_teacher("standard")).save_model(tmp_path)
+    edit_config(tmp_path, **changes)
+    message = refusal(tmp_path)
+    assert str(tmp_path) in message
+    assert "nan or inf" in message
+
+
+@pytest.mark.parametrize("changes", [{"C_in": -1.0}, {"C_out": 0.0}])
+def test_a_gate_whose_scale_is_not_positive(make_teacher, tmp_path, changes) -> None:
+    RationalSAE.from_teacher(make_teacher("standard")).save_model(tmp_path)
+    edit_config(tmp_path, **changes)
+    message = refusal(tmp_path)
+    assert str(tmp_path) in message
+    assert f"{next(iter(changes))} must be positive" in message
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's client with an empty cache and no network; returns the cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put_on_hub(cache: Path, folder: Path) -> None:
+    """`folder` as org/repo's "layer", downloaded earlier."""
+    root = cache / "models--org--repo"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    (root / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    folder.rename(root / "snapshots" / ("0" * 40) / "layer")
+
+
+def test_from_the_hub(folder, offline, make_teacher, x) -> None:
+    put_on_hub(offline, folder)
+    teacher = load_teacher("org/repo:layer")
+    assert teacher.family == "jumprelu"
+    assert teacher.conventions["source"] == "org/repo:layer"
+    with torch.no_grad():
+        assert torch.equal(teacher.sae(x), make_teacher("jumprelu")(x))
+
+
+def test_the_hub_is_out_of_reach(offline) -> None:
+    message = refusal("org/elsewhere:layer")
+    assert "org/elsewhere:layer" in message
+    assert "local folder" in message
+
+
+def test_no_such_release(offline) -> None:
+    assert "no-such-release" in refusal("no-such-release:layer")
+
+
+@pytest.mark.parametrize("architecture", ["gated", "no-such"])
+def test_unknown_architecture_on_the_hub(folder, offline, architecture) -> None:
+    edit_config(folder, architecture=architecture)
+    if architecture == "gated":
+        edit_weights(
+            folder,
+            lambda w: [w.pop("threshold"), w.pop("b_enc")]
+            and w.update({name: torch.zeros(D_SAE) for name in ("b_gate", "r_mag", "b_mag")}),
+        )
+    put_on_hub(offline, folder)
+    message = refusal("org/repo:layer")
+    assert repr(architecture) in message
+    assert "org/repo:layer" in message
+
+
+def test_damage_on_the_hub(folder, offline) -> None:
+    edit_weights(folder, lambda weights: weights["W_dec"].view(-1)[:3].fill_(float("nan")))
+    put_on_hub(offline, folder)
+    assert "org/repo:layer: W_dec holds 3 nan or inf" in refusal("org/repo:layer")
