@@ -65,9 +65,7 @@ def saelens(x: torch.Tensor, autocast: bool) -> Callable[[], object]:
     """SAELens' training step for TopK."""
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=L0))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-    given = TrainStepInput(
-        sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
-    )
+    given = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -30,7 +30,9 @@ def make_teacher() -> Callable[..., Any]:
         sae_class, config_class = classes[family]
         if family == "topk":
             config = {"k": K} | config
-        metadata = SAEMetadata(hook_name="blocks.1.hook_resid_post", model_name="tiny", prepend_bos=True, context_size=16)
+        metadata = SAEMetadata(
+            hook_name="blocks.1.hook_resid_post", model_name="tiny", prepend_bos=True, context_size=16
+        )
         sae = sae_class(config_class(**{"d_in": D_IN, "d_sae": D_SAE, "metadata": metadata} | config))
         g = torch.Generator().manual_seed(seed)
         d_in, d_sae = sae.W_enc.shape

@@ -55,7 +55,8 @@ def held_out():
 def teachers(data, held_out):
     config = replace(SMALL, steps=150, target_l0=float(L0), penalty=0.05)
     return {
-        family: pretrain(family, data, config, d_sae=D_SAE, held_out=held_out) for family in ("relu", "jumprelu", "topk")
+        family: pretrain(family, data, config, d_sae=D_SAE, held_out=held_out)
+        for family in ("relu", "jumprelu", "topk")
     }
 
 
@@ -119,7 +120,9 @@ class TestGradients:
         reference.threshold.data /= 10
         curvature = trainee.norms.squeeze(1) ** 2 / 64
         # the signal at the edge is a difference of larger numbers, of which one comes from the bfloat16 product
-        self.compare(trainee, data.x[:64] / 10, lambda h: reference(h, surrogate=surrogate, curvature=curvature), tolerance=0.03)
+        self.compare(
+            trainee, data.x[:64] / 10, lambda h: reference(h, surrogate=surrogate, curvature=curvature), tolerance=0.03
+        )
         for name, theirs in (("num_relative", reference.num_relative), ("den_relative", reference.den_relative)):
             trainee.zero_grad()
             trainee(data.x[:64] / 10).loss.backward()
@@ -162,7 +165,10 @@ class TestArms:
         finetune(start, data, SMALL, held_out=held_out, out=tmp_path / "killed")
         for name in ("sae_weights.safetensors", "cfg.json"):
             assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-        steps = [[json.loads(line)["step"] for line in (tmp_path / f / "log.jsonl").read_text().splitlines()] for f in ("whole", "killed")]
+        steps = [
+            [json.loads(line)["step"] for line in (tmp_path / f / "log.jsonl").read_text().splitlines()]
+            for f in ("whole", "killed")
+        ]
         assert steps[0] == steps[1] == [10, 20, 30]
         loaded = SAE.load_from_disk(tmp_path / "whole")
         torch.testing.assert_close(loaded(data.x), whole(data.x), rtol=1e-5, atol=1e-4)
@@ -177,7 +183,9 @@ class TestArms:
 def test_a_finished_run_is_loaded_and_not_run_again(teachers, data, held_out, tmp_path):
     first = finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path)
     calls = []
-    again = finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path, progress=lambda *a: calls.append(a))
+    again = finetune(
+        teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path, progress=lambda *a: calls.append(a)
+    )
     assert calls == []
     assert torch.equal(again.W_dec, first.W_dec)
 

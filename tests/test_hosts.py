@@ -138,9 +138,9 @@ def test_token_losses_inside_a_layer(hosts, tokens) -> None:
 def test_the_softcap_matters(hosts, tokens) -> None:
     host = hosts["gemma2"]
     cap = host.model.config.final_logit_softcapping
-    assert host._logits(torch.randn(5, 16) * 100).abs().max() <= cap
     assert (
-        host.token_losses(tokens, "blocks.1.hook_resid_post", {})["clean"].nll.max() < 2 * cap + torch.tensor(64).log()
+        host.token_losses(tokens, "blocks.1.hook_resid_post", {})["clean"].nll.max()
+        < 2 * cap + torch.tensor(64).log()  # of 64 words
     )
 
 

@@ -19,7 +19,9 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-HEAVY = "print(sorted({'sae_lens', 'transformer_lens', 'transformers', 'datasets', 'pandas', 'plotly'} & set(sys.modules)))"
+HEAVY = (
+    "print(sorted({'sae_lens', 'transformer_lens', 'transformers', 'datasets', 'pandas', 'plotly'} & set(sys.modules)))"
+)
 
 
 def test_import_pulls_in_nothing_heavy() -> None:
@@ -29,7 +31,10 @@ def test_import_pulls_in_nothing_heavy() -> None:
 def test_modules_pull_in_saelens_only_when_they_use_it() -> None:
     names = ["artefacts", "minimax", "rational", "sparse", "metrics", "hosts", "harvest", "text", "teachers"]
     code = f"import sys; {'; '.join(f'import rsae.{name}' for name in names)}; rsae.fit_gate('relu', (3, 2)); "
-    assert python(code + "print([n for n in ('sae_lens', 'transformer_lens', 'transformers') if n in sys.modules])") == "[]"
+    assert (
+        python(code + "print([n for n in ('sae_lens', 'transformer_lens', 'transformers') if n in sys.modules])")
+        == "[]"
+    )
 
 
 def test_import_takes_less_than_300_ms_beyond_torch() -> None:

@@ -65,7 +65,9 @@ def test_gradcheck(p, q, shape):
 def test_gradcheck_beside_the_clamp_and_beside_a_sign_change_of_A():
     # A(u) = u - u^2 changes sign at u = 0 and u = 1; the clamp is at |t| = 1. Both sides of each, closer than any step of a fit
     num, den = torch.tensor([0.3, -1.0, 0.5], dtype=DOUBLE), torch.tensor([1.0, -1.0], dtype=DOUBLE)
-    edges = torch.tensor([-1.0, 0.1, 0.8, 1.0], dtype=DOUBLE)  # centre 0.1, scale 0.7: u = 0 and u = 1 at t = 0.1 and 0.8
+    edges = torch.tensor(
+        [-1.0, 0.1, 0.8, 1.0], dtype=DOUBLE
+    )  # centre 0.1, scale 0.7: u = 0 and u = 1 at t = 0.1 and 0.8
     h = torch.cat([edges - 1e-4, edges + 1e-4]).requires_grad_()
     one = torch.ones((), dtype=DOUBLE)
     inputs = (h, num.requires_grad_(), den.requires_grad_(), one.clone().requires_grad_(), one.clone().requires_grad_())
@@ -266,7 +268,9 @@ class TestSurrogate:
         theta = torch.full((200,), 0.5, dtype=DOUBLE)
         g = torch.randn(200, generator=generator, dtype=DOUBLE)
         on = h > theta
-        z = hard_edge(h.detach(), h, theta, on, Surrogate("jump-corrected", 0.5, 1.0, None), torch.tensor(0.01, dtype=DOUBLE))
+        z = hard_edge(
+            h.detach(), h, theta, on, Surrogate("jump-corrected", 0.5, 1.0, None), torch.tensor(0.01, dtype=DOUBLE)
+        )
         (z * g).sum().backward()
         window = (h - theta).abs() < 0.125
         assert window.sum() > 20

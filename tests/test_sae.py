@@ -43,9 +43,18 @@ def bent(support: str, per_latent: bool, k: int | None, alpha: float, *, seed: i
     C = None if per_latent else 2.0
     sae = RationalSAE(
         RationalSAEConfig(
-            d_in=D_IN, d_sae=D_SAE, num_coeffs=num, den_coeffs=list(fit.den_coeffs), centre=fit.centre, scale=fit.scale,
-            C_in=C, C_out=C, support=support, k=k, alpha=alpha,
-        )  # fmt: skip
+            d_in=D_IN,
+            d_sae=D_SAE,
+            num_coeffs=num,
+            den_coeffs=list(fit.den_coeffs),
+            centre=fit.centre,
+            scale=fit.scale,
+            C_in=C,
+            C_out=C,
+            support=support,
+            k=k,
+            alpha=alpha,
+        )
     )
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -270,7 +279,9 @@ def test_a_teacher_in_another_dtype(make_teacher, x, family, dtype) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hard_support_needs_room_for_the_identity(make_teacher, family, degree) -> None:
     p, q = degree
-    with pytest.raises(ValueError, match=rf"p >= q \+ 1; got \({p}, {q}\). Use degree \({q + 1}, {q}\), or support='dense'"):
+    with pytest.raises(
+        ValueError, match=rf"p >= q \+ 1; got \({p}, {q}\). Use degree \({q + 1}, {q}\), or support='dense'"
+    ):
         RationalSAE.from_teacher(make_teacher(family), degree)
 
 
@@ -300,7 +311,10 @@ def test_other_architectures_are_refused(make_teacher) -> None:
 def test_saelens_training_classes_are_teachers_too(make_teacher, x, family) -> None:
     import sae_lens
 
-    name, state = type(make_teacher(family)).__name__.removesuffix("SAE") + "TrainingSAE", make_teacher(family).state_dict()
+    name, state = (
+        type(make_teacher(family)).__name__.removesuffix("SAE") + "TrainingSAE",
+        make_teacher(family).state_dict(),
+    )
     config = getattr(sae_lens, f"{name}Config")(d_in=D_IN, d_sae=D_SAE, **({"k": K} if family == "topk" else {}))
     training = getattr(sae_lens, name)(config)
     training.load_state_dict({name: w.clamp(min=0) if name == "threshold" else w for name, w in state.items()})
@@ -371,7 +385,9 @@ def test_what_the_files_hold(tmp_path, per_latent) -> None:
         assert torch.equal(torch.tensor(config[name]), getattr(sae.gate, name))
     assert (config["k"], config["alpha"], config["support"]) == (K, 0.5, "hard")
     assert (config["C_in"] is None) == per_latent
-    names = {"W_enc", "b_enc", "W_dec", "b_dec", "gate.threshold"} | ({"gate.C_in", "gate.C_out"} if per_latent else set())
+    names = {"W_enc", "b_enc", "W_dec", "b_dec", "gate.threshold"} | (
+        {"gate.C_in", "gate.C_out"} if per_latent else set()
+    )
     assert set(load_file(tmp_path / "sae_weights.safetensors")) == names
     if not per_latent:
         assert config["C_in"] == sae.gate.C_in.item() != config["C_out"] == sae.gate.C_out.item()
@@ -622,9 +638,12 @@ def hooked(llama: Path):
     return HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(llama))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bridge(llama: Path):
-    """A SAETransformerBridge about transformers' own llama, from a local folder."""
+    """A SAETransformerBridge about transformers' own llama, from a local folder.
+
+    A new one each time: SAELens 6.54 leaves a bridge's hook point deaf where an SAE has been spliced in and taken out.
+    """
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
     return SAETransformerBridge.boot_transformers(str(llama), device="cpu")
@@ -658,7 +677,9 @@ def test_a_model_runs_with_it_as_with_the_teacher(make_teacher, model, tokens, f
         assert (logits - clean).abs().max() > 0.01 * clean.abs().max()
         assert torch.equal(model(tokens), clean)
         # the latents can be steered through SAELens' hooks
-        off = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(latents, lambda z, hook: torch.zeros_like(z))])
+        off = model.run_with_hooks_with_saes(
+            tokens, saes=[sae], fwd_hooks=[(latents, lambda z, hook: torch.zeros_like(z))]
+        )
         sae.W_dec.zero_()
         only_bias = model.run_with_saes(tokens, saes=[sae])
         close(off, only_bias, 1e-4)
@@ -688,7 +709,14 @@ def test_run_evals_says_of_it_what_it_says_of_the_teacher(make_teacher, model, f
 
     def metrics(sae):
         store = ActivationsStore.from_sae(
-            model, sae, dataset, context_size=16, store_batch_size_prompts=8, total_tokens=64, streaming=False, device="cpu"
+            model,
+            sae,
+            dataset,
+            context_size=16,
+            store_batch_size_prompts=8,
+            total_tokens=64,
+            streaming=False,
+            device="cpu",
         )
         values, by_latent = run_evals(sae, store, model, ActivationScaler(), config)
         return {f"{group}/{name}": value for group, row in values.items() for name, value in row.items()}, by_latent
@@ -705,9 +733,7 @@ def test_run_evals_says_of_it_what_it_says_of_the_teacher(make_teacher, model, f
         assert actual[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert by_latent["feature_density"] == pytest.approx(expected_by_latent["feature_density"], abs=1e-6)
     assert 0 < actual["sparsity/l0"] < D_SAE
-    assert actual["model_performance_preservation/ce_loss_with_sae"] != pytest.approx(
-        actual["model_performance_preservation/ce_loss_without_sae"], rel=1e-3
-    )
+    assert actual["model_behavior_preservation/kl_div_with_sae"] > 1e-3
     with torch.no_grad():
         moved = metrics(train(sae))[0]
     assert moved["reconstruction_quality/mse"] != pytest.approx(actual["reconstruction_quality/mse"], rel=1e-3)
@@ -715,7 +741,9 @@ def test_run_evals_says_of_it_what_it_says_of_the_teacher(make_teacher, model, f
 
 def test_gradients_reach_every_parameter(x) -> None:
     """Against torch's own autograd of the formula, written out densely in float64."""
-    for (support, k, alpha), per_latent in itertools.product([("hard", None, 0.0), ("dense", None, 0.0)], [False, True]):
+    for (support, k, alpha), per_latent in itertools.product(
+        [("hard", None, 0.0), ("dense", None, 0.0)], [False, True]
+    ):
         sae = bent(support, per_latent, k, alpha)
         target = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
         (sae(x) - target).square().sum().backward()

@@ -70,7 +70,12 @@ def test_entries_by_hand() -> None:
     # rows: 1*2 + 10*4, nothing, 100*1 + 1000*2
     assert entries.sum_by_row(weights, vectors).tolist() == [[42.0], [0.0], [2100.0]]
     # latents, with the vectors of rows 5, 6, 7: 100*7, 1*5 + 1000*7, nothing, 10*5
-    assert entries.sum_by_latent(weights, torch.tensor([[5.0], [6.0], [7.0]])).tolist() == [[700.0], [7005.0], [0.0], [50.0]]
+    assert entries.sum_by_latent(weights, torch.tensor([[5.0], [6.0], [7.0]])).tolist() == [
+        [700.0],
+        [7005.0],
+        [0.0],
+        [50.0],
+    ]
 
 
 @given(st.integers(1, 9), st.integers(1, 11), st.integers(1, 4), st.floats(0, 1), st.integers(0, 1000))

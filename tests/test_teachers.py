@@ -144,7 +144,7 @@ def test_json_that_is_no_object(folder) -> None:
 
 
 def test_config_in_another_encoding(folder) -> None:
-    (folder / "cfg.json").write_bytes("{\"architecture\": \"jumprelu\", \"note\": \"é\"}".encode("latin-1"))
+    (folder / "cfg.json").write_bytes('{"architecture": "jumprelu", "note": "é"}'.encode("latin-1"))
     assert f"{folder}/cfg.json" in refusal(folder)
 
 
@@ -169,7 +169,13 @@ def test_a_key_is_missing(folder, key) -> None:
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("W_enc", (D_IN, D_SAE - 1)), ("b_enc", (1,)), ("W_dec", (D_IN, D_SAE)), ("b_dec", (D_IN, 1)), ("threshold", (3,))],
+    [
+        ("W_enc", (D_IN, D_SAE - 1)),
+        ("b_enc", (1,)),
+        ("W_dec", (D_IN, D_SAE)),
+        ("b_dec", (D_IN, 1)),
+        ("threshold", (3,)),
+    ],
 )
 def test_a_tensor_of_the_wrong_shape(folder, name, found) -> None:
     expected = load_file(folder / "sae_weights.safetensors")[name].shape
@@ -277,8 +283,10 @@ def test_unknown_architecture_on_the_hub(folder, offline, architecture) -> None:
     if architecture == "gated":
         edit_weights(
             folder,
-            lambda w: [w.pop("threshold"), w.pop("b_enc")]
-            and w.update({name: torch.zeros(D_SAE) for name in ("b_gate", "r_mag", "b_mag")}),
+            lambda w: (
+                [w.pop("threshold"), w.pop("b_enc")]
+                and w.update({name: torch.zeros(D_SAE) for name in ("b_gate", "r_mag", "b_mag")})
+            ),
         )
     put_on_hub(offline, folder)
     message = refusal("org/repo:layer")

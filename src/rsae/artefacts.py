@@ -97,5 +97,10 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": versions,
         "commit": head,
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "device": device},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "device": device,
+        },
     }

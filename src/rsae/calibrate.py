@@ -147,7 +147,9 @@ def _histogram(sae: RationalSAE, activations: Activations) -> tuple[np.ndarray, 
     gate = sae.gate
     near = np.geomspace(1e-6, 0.1, 400)
     edges = torch.from_numpy(
-        np.unique(np.concatenate([np.linspace(-1.5, 2.0, 1401), THETA - near, [THETA], THETA + near])).astype(np.float32)
+        np.unique(np.concatenate([np.linspace(-1.5, 2.0, 1401), THETA - near, [THETA], THETA + near])).astype(
+            np.float32
+        )
     )
     sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64)
     norms = sae.W_dec.norm(dim=1)

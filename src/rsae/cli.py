@@ -31,9 +31,15 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; new, empty, or of the same run (it is continued).")]
-Host = Annotated[str, typer.Option("--host", help="Hub id, local model folder, or package:gemma3-270m / package:smollm2-135m.")]
-Hook = Annotated[str, typer.Option("--hook", help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path).")]
-Text = Annotated[str, typer.Option("--text", help="package:sae-probes, a file or folder of text, or hf:DATASET[SPLIT].")]
+Host = Annotated[
+    str, typer.Option("--host", help="Hub id, local model folder, or package:gemma3-270m / package:smollm2-135m.")
+]
+Hook = Annotated[
+    str, typer.Option("--hook", help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path).")
+]
+Text = Annotated[
+    str, typer.Option("--text", help="package:sae-probes, a file or folder of text, or hf:DATASET[SPLIT].")
+]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps of each fine-tuned arm.")]
 Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
 
@@ -213,7 +219,10 @@ def finetune(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder with teacher/, control/, init/ and rsae/ (those that exist are measured).")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Run folder with teacher/, control/, init/ and rsae/ (those that exist are measured)."),
+    ],
     host: Host,
     hook: Hook,
     text: Text,
@@ -258,20 +267,29 @@ def fit(
 
     found = fit_gate(gate, degree, theta=theta, delta=delta, method=method)  # type: ignore[arg-type]
     write_json(out / "fit.json", found.to_dict())
-    save_picture(found, out / "fit.svg")
+    save_picture(found, out / "fit.html")
     print(f"{gate} of degree {degree}: max error {found.max_error:.6e}, mse {found.mse:.3e}")
-    print(f"alternation {found.alternation}, iterations {found.iterations}, converged {found.converged}, {found.method}")
+    print(
+        f"alternation {found.alternation}, iterations {found.iterations}, converged {found.converged}, {found.method}"
+    )
     print(f"centre {found.centre:.17g}  scale {found.scale:.17g}")
     for name, coeffs in (("num_coeffs", found.num_coeffs), ("den_coeffs", found.den_coeffs)):
         print(f"{name}: {json.dumps([float(c) for c in coeffs])}")
-    print(f"written: {out / 'fit.json'}, {out / 'fit.svg'}")
+    print(f"written: {out / 'fit.json'}, {out / 'fit.html'}")
 
 
 @contextmanager
 def _work() -> Iterator[Any]:
     """Progress bars with rate and ETA on stderr while a stage works."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     _keep_pages()
     _quiet()
@@ -312,6 +330,7 @@ def _keep_pages() -> None:
 def _quiet() -> None:
     """Third parties' chatter would break the bars; our own warnings stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -349,3 +368,7 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
         console.print(f"RSAE minus {other}: FVU {fvu} [{low}, {high}], delta-CE {ce} [{ce_low}, {ce_high}] nats")
     if "verdict" in metrics:
         console.print("verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -159,7 +159,7 @@ class Trainee(nn.Module, ABC):
         """After an optimizer step: decoder rows back to their norms."""
         self.W_dec.mul_(self.norms / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
-    def steer(self, l0: float, target: float) -> None:  # noqa: B027 - TopK has nothing to steer
+    def steer(self, l0: float, target: float) -> None:
         """Move whatever sets the sparsity towards `target`, given the L0 of the last batch."""
 
     def state_of_gate(self) -> dict[str, float]:
@@ -371,7 +371,12 @@ def finetune(
     """
     if sae.cfg.d_in != data.d_in:
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
-    inputs = {"config": asdict(config), "sae": _hash_of(sae), "data": data.fingerprint, "held_out": held_out.fingerprint}
+    inputs = {
+        "config": asdict(config),
+        "sae": _hash_of(sae),
+        "data": data.fingerprint,
+        "held_out": held_out.fingerprint,
+    }
     folder = _Folder(out, inputs) if out is not None else None
     if folder is not None and (finished := folder.finished()) is not None:
         return finished
@@ -421,7 +426,9 @@ def _train(
         l0 = result.l0.item()
         if config.objective == "matched-l0":
             trainee.steer(l0, target)
-        sums += torch.stack([result.loss.detach(), result.squared_error.detach(), (x - mean).square().sum() / len(x), result.l0])
+        sums += torch.stack(
+            [result.loss.detach(), result.squared_error.detach(), (x - mean).square().sum() / len(x), result.l0]
+        )
         counted += 1
         done = step + 1
         if done % LOG_EVERY == 0 or done == config.steps:
@@ -517,7 +524,9 @@ class _Folder:
         if about.exists():
             found = read_json(about)
             if found["hash"] != self.hash:
-                raise ValueError(f"{path} holds another run (its inputs or settings differ): choose another folder or delete it")
+                raise ValueError(
+                    f"{path} holds another run (its inputs or settings differ): choose another folder or delete it"
+                )
             self.done = bool(found["done"])
         elif path.exists() and any(path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no fine-tuning run: choose another folder")

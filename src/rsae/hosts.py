@@ -65,6 +65,7 @@ class Host:
         self._layers_path = _layers_path(model)
         self.n_layers = len(model.get_submodule(self._layers_path))  # type: ignore[arg-type]
         self.d_model: int = model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr, assignment]
+        self._lm_head: Any = model.get_output_embeddings()  # a Linear, perhaps tied to the embeddings
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
 
@@ -157,48 +158,49 @@ class Host:
         targets = tokens[:, 1:].reshape(-1)
         nll = torch.empty(variants, targets.numel())
         kl = torch.zeros(variants, targets.numel())
+        # Two buffers for all chunks: at 262,144 words fresh pages would cost as much as the arithmetic.
+        work = torch.empty(2, chunk, self._lm_head.weight.shape[0], device=self.device)
         for start in range(0, targets.numel(), chunk):
             rows = slice(start, start + chunk)
-            nll[:, rows], kl[:, rows] = self._losses(states[:, rows], targets[rows])
+            nll[:, rows], kl[:, rows] = self._losses(states[:, rows], targets[rows], work)
         shape = (tokens.shape[0], -1)
         return {name: TokenLosses(nll[i].view(shape), kl[i].view(shape)) for i, name in enumerate(["clean", *edits])}
 
-    def _losses(self, states: Float[Tensor, "V n d_model"], targets: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, states: Float[Tensor, "V n d_model"], targets: Int[Tensor, " n"], work: Float[Tensor, "2 chunk vocab"]
+    ) -> tuple[Tensor, Tensor]:
         """nll and kl, both (V, n) on the CPU, of V variants' final hidden states; the first variant is the clean one.
 
         With a = logits less their maximum, and E the mean under the clean distribution p:
         nll = log sum exp a - a[target],  kl = (E[a_clean] - log sum exp a_clean) - (E[a] - log sum exp a).
         """
-        nll, kl = [], []
-        p, negative_entropy = torch.empty(0), torch.empty(0)
-        for state in states:
-            logits = self._logits(state)
+        nll, kl = torch.empty(states.shape[:2]), torch.zeros(states.shape[:2])
+        p, logits = work[:, : len(targets)]
+        negative_entropy = torch.zeros(())
+        for i, state in enumerate(states):
+            self._logits(state, out=logits)
             logits -= logits.amax(1, keepdim=True)
             target = logits.gather(1, targets[:, None])[:, 0]
-            if not nll:
-                p = logits.exp()
-                total = p.sum(1)
+            if i == 0:
+                total = torch.exp(logits, out=p).sum(1)
                 p /= total[:, None]
                 negative_entropy = _row_dots(p, logits) - total.log()
             else:
                 expected = _row_dots(p, logits)
-                total = logits.exp_().sum(1)  # in place: a row of logits is a megabyte for the largest vocabularies
-                kl.append((negative_entropy - (expected - total.log())).cpu())
-            nll.append((total.log() - target).cpu())
-        return torch.stack(nll), torch.stack([torch.zeros(len(targets)), *kl])
+                total = logits.exp_().sum(1)
+                kl[i] = negative_entropy - (expected - total.log())
+            nll[i] = total.log() - target
+        return nll, kl
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """Final hidden states (after the last norm)."""
         return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits (n, vocab) in float32 of final hidden states (n, d_model)."""
-        lm_head = self.model.get_output_embeddings()
-        assert lm_head is not None, f"{self.spec} has no language-model head"
-        logits = lm_head(hidden).float()
+    def _logits(self, hidden: Tensor, out: Tensor) -> None:
+        """Write the logits (n, vocab) of final hidden states (n, d_model) to `out`, in float32."""
+        out.copy_(self._lm_head(hidden))
         if cap := getattr(self.model.config, "final_logit_softcapping", None):
-            logits = logits.div_(cap).tanh_().mul_(cap)
-        return logits
+            out.div_(cap).tanh_().mul_(cap)
 
     def _masked(self, length: int) -> bool:
         """Whether layers are handed a mask of the batch's size (sliding windows shorter than the context)."""

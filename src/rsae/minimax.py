@@ -305,6 +305,8 @@ def _minimax(target: _Target, p: int, q: int) -> _Draft:
     problem = Problem(lambda x: target.f(x + target.feature), intervals, p, q)
     lower = [(1, 1), (0, 1), (1, 0), *((k, k) for k in range(2, q)), (0, q)]
     notes: tuple[str, ...] = ()
+    if polynomial := _polynomial(target, p, q, exact=True):
+        return polynomial
     for a, b in [(p, q), *((p - i, q - j) for i, j in lower if p - i >= 1 and q - j >= 0)]:
         try:
             draft = _optimum(replace(problem, p=a, q=b), target.feature)
@@ -315,17 +317,21 @@ def _minimax(target: _Target, p: int, q: int) -> _Draft:
             notes += (f"the optimum of type ({a}, {b}) stands in for it",)
             draft = replace(draft, num=_padded(draft.num, p + 1), den=_padded(draft.den, q), notes=notes)
         return draft
-    return _least_squares(target, p, q, notes)
+    draft = _polynomial(target, p, q, exact=False)
+    assert draft is not None
+    return replace(draft, notes=(*notes, f"a least-squares polynomial of degree {draft.actual[0]} stands in for it"))
 
 
-def _least_squares(target: _Target, p: int, q: int, notes: tuple[str, ...]) -> _Draft:
-    """The last resort, which cannot fail: a polynomial of low degree through many points."""
+def _polynomial(target: _Target, p: int, q: int, *, exact: bool) -> _Draft | None:
+    """A polynomial of low degree by least squares: the last resort, which cannot fail; `exact`: only if the gate is one."""
     low, high = target.domain[0][0], target.domain[-1][1]
     centre, scale, degree = (low + high) / 2, (high - low) / 2, min(p, 8)
     t = np.concatenate([np.linspace(a, b, 1001) for a, b in target.domain])
-    num = np.asarray(poly.polyfit((t - centre) / scale, target.f(t), degree), dtype=np.float64)
-    notes += (f"a least-squares polynomial of degree {degree} stands in for it",)
-    return _Draft(_padded(num, p + 1), np.zeros(q), centre, scale, (degree, 0), 0, notes)
+    u, f = (t - centre) / scale, target.f(t)
+    num = np.asarray(poly.polyfit(u, f, degree), dtype=np.float64)
+    if exact and np.abs(f - _horner(num, u)).max() > 16 * np.finfo(np.float64).eps * np.abs(f).max():
+        return None
+    return _Draft(_padded(num, p + 1), np.zeros(q), centre, scale, (degree, 0), 0)
 
 
 def _optimum(problem: Problem, feature: float) -> _Draft:
@@ -395,6 +401,10 @@ def _safe(
     unit = float(np.clip(abs(den[q]) ** (-1 / q) if q and den[q] else 1.0, 10 ** (-30 / max(p - q, 1)), 1.0))
     powers = unit ** np.arange(max(problem.p, problem.q) + 1)
     num, den = num * powers[: problem.p + 1], den * powers[: problem.q + 1]
+    r, u = r + symmetry.constant + symmetry.slope * x, v / unit
+    lost = float(np.abs(_horner(num, u) / (1 + np.abs(u * _horner(den[1:], u))) - r).max())
+    if not lost <= 0.1 * float(np.abs(problem.f(x) - r).max()) + 1e-12 * float(np.abs(r).max()):
+        raise Failed(f"its safe form would be off by {lost:.1e}")
     return _Draft(num, den[1:], feature + c, unit * length, (p, q), iterations)
 
 

@@ -72,7 +72,14 @@ class Data:
         def store(split: Split, n_tokens: int) -> ActivationStore:
             length = config.context_length
             return harvest(
-                host, hook, text, folder / split, n_tokens=n_tokens, split=split, context_length=length, progress=progress
+                host,
+                hook,
+                text,
+                folder / split,
+                n_tokens=n_tokens,
+                split=split,
+                context_length=length,
+                progress=progress,
             )
 
         train, validation = store("train", config.train_tokens), store("validation", config.validation_tokens)
@@ -280,13 +287,17 @@ class Ledger:
         if file.exists():
             found = read_json(file)
             if found.get("hash") != config_hash(json.loads(json.dumps(identity))):
-                raise ValueError(f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it")
+                raise ValueError(
+                    f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it"
+                )
         elif folder.exists() and any(p for p in folder.iterdir() if p.name not in ("teacher", "acts")):
             raise ValueError(f"{folder} is not empty and holds no run of rsae: choose another --out")
         ledger = cls(folder, identity, command, found)
         for name, digest in found.get("files", {}).items():
             if not (folder / name).exists() or sha256_file(folder / name) != digest:
-                raise ValueError(f"{folder / name} is missing or has changed since the run ended: delete {folder} and run again")
+                raise ValueError(
+                    f"{folder / name} is missing or has changed since the run ended: delete {folder} and run again"
+                )
         return ledger
 
     @property
@@ -328,7 +339,13 @@ def _differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
 
 
 def _record(
-    run: Path, family: str, arms: dict[str, SAE[Any]], metrics: dict[str, Any], data: Data, config: UpgradeConfig, ledger: Ledger
+    run: Path,
+    family: str,
+    arms: dict[str, SAE[Any]],
+    metrics: dict[str, Any],
+    data: Data,
+    config: UpgradeConfig,
+    ledger: Ledger,
 ) -> None:
     """metrics.json, gate.json and run.json of one upgraded teacher."""
     write_json(run / "metrics.json", metrics)

@@ -328,7 +328,13 @@ class RationalGate(nn.Module):
             raise ValueError(f"k is the number of active latents per sample, at least 1; got {k}")
         if not 0 <= alpha <= 1 or (alpha > 0 and k is None):
             raise ValueError(f"alpha is from 0 to 1, and above 0 it needs k; got alpha={alpha}, k={k}")
-        self.centre, self.scale, self.support, self.k, self.alpha = float(centre), float(scale), support, k, float(alpha)
+        self.centre, self.scale, self.support, self.k, self.alpha = (
+            float(centre),
+            float(scale),
+            support,
+            k,
+            float(alpha),
+        )
         self.register_buffer("num_fit", float32(num_coeffs))
         self.register_buffer("den_fit", float32(den_coeffs))
         self.num_relative = nn.Parameter(torch.zeros_like(self.num_fit))

@@ -128,7 +128,8 @@ def _exchange(problem: Problem, reference: Array, max_steps: int = 40) -> Levell
         x, e = extrema(error, clustered(problem.intervals, reference), problem.intervals)
         level = replace(level, max_error=float(np.abs(e).max()), iterations=step + 1)
         if level.max_error <= 4 * np.finfo(np.float64).eps * np.abs(problem.f(x)).max():
-            return level  # f is itself such a rational
+            best = level  # f is itself such a rational
+            break
         if len(x) < n or not np.isfinite(e).all():
             raise Failed(f"{len(x)} alternations of the error where {n} are needed")
         if best is None or level.max_error < best.max_error:

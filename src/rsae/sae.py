@@ -203,7 +203,9 @@ class RationalSAE(SAE[RationalSAEConfig]):
             )
         for name, tensor in teacher.state_dict().items():
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"the teacher's {name} holds nan or inf: the checkpoint is damaged or overflowed its dtype")
+                raise ValueError(
+                    f"the teacher's {name} holds nan or inf: the checkpoint is damaged or overflowed its dtype"
+                )
         if family == "topk" and teacher.cfg.rescale_acts_by_decoder_norm:
             teacher = _without_rescaling(teacher)
         degree = degree or DEFAULT_DEGREE[family]

@@ -56,7 +56,9 @@ class Entries:
         """For each row: the sum over its entries of weight * vectors[latent]."""
         return F.embedding_bag(self.latents, vectors, self.row_offsets, mode="sum", per_sample_weights=weights)
 
-    def sum_by_latent(self, weights: Float[Tensor, " n"], vectors: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
+    def sum_by_latent(
+        self, weights: Float[Tensor, " n"], vectors: Float[Tensor, "batch d"]
+    ) -> Float[Tensor, "d_sae d"]:
         """For each latent: the sum over its entries of weight * vectors[row]."""
         order, offsets = self.by_latent
         return F.embedding_bag(self.rows[order], vectors, offsets, mode="sum", per_sample_weights=weights[order])

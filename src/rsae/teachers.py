@@ -57,7 +57,9 @@ def load_teacher(path_or_spec: str | Path, *, device: str = "cpu") -> Teacher:
         try:
             sae = SAE.from_pretrained(release, sae_id, device=device, dtype="float32")
         except OSError as error:
-            raise ValueError(f"teacher {source}: the hub did not give it ({error}). A local folder works without it") from error
+            raise ValueError(
+                f"teacher {source}: the hub did not give it ({error}). A local folder works without it"
+            ) from error
         fingerprint = source
     else:
         raise ValueError(
@@ -68,12 +70,14 @@ def load_teacher(path_or_spec: str | Path, *, device: str = "cpu") -> Teacher:
 
 
 def _from_folder(path: Path, device: str) -> SAE[Any]:
-    from safetensors import SafetensorError
     from sae_lens import SAE
+    from safetensors import SafetensorError
 
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (path / name).is_file():
-            raise ValueError(f"{path} has no {name}: a SAELens checkpoint is a folder with cfg.json and sae_weights.safetensors")
+            raise ValueError(
+                f"{path} has no {name}: a SAELens checkpoint is a folder with cfg.json and sae_weights.safetensors"
+            )
     config = read_json(path / "cfg.json")
     architecture = config.get("architecture", "standard")
     if architecture not in FAMILIES:
@@ -81,7 +85,9 @@ def _from_folder(path: Path, device: str) -> SAE[Any]:
     try:
         return SAE.load_from_disk(path, device=device, dtype="float32")
     except SafetensorError as error:
-        raise ValueError(f"{path}/sae_weights.safetensors cannot be read ({error}): truncated? copy it again") from error
+        raise ValueError(
+            f"{path}/sae_weights.safetensors cannot be read ({error}): truncated? copy it again"
+        ) from error
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: weights and cfg.json do not agree ({error})") from error
 
@@ -93,11 +99,19 @@ def check_weights(sae: SAE[Any], source: str) -> None:
         ValueError: names the tensor, the shape expected and found.
     """
     d_in, d_sae = sae.cfg.d_in, sae.cfg.d_sae
-    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": (d_sae,)}
+    expected = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+        "threshold": (d_sae,),
+    }
     for name, tensor in sae.state_dict().items():
         shape = expected.get(name.removeprefix("gate."))
         if shape is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}; d_in {d_in} and d_sae {d_sae} make it {shape}")
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}; d_in {d_in} and d_sae {d_sae} make it {shape}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise ValueError(

@@ -1,0 +1,98 @@
+"""Calibration: L0 matched exactly, the k-th largest turned into one threshold, and a dense gate that reproduces its teacher."""
+
+import pytest
+import torch
+
+from rsae.calibrate import calibrate, calibrate_threshold, gate_curves, match_l0, mean_l0, pre_acts
+from rsae.finetune import FinetuneConfig
+from rsae.pretrain import pretrain
+from rsae.sae import RationalSAE
+
+
+def test_mean_l0_by_hand(make_teacher, x):
+    teacher = make_teacher("topk")
+    positive = (pre_acts(teacher, x) > 0).sum(1).clamp(max=5).sum()
+    assert mean_l0(teacher, x.split(64)) == pytest.approx(float(positive) / len(x))
+
+
+def test_one_threshold_with_the_same_l0(make_teacher, x):
+    teacher = make_teacher("topk")
+    threshold = calibrate_threshold(teacher, x.split(50))
+    assert int((pre_acts(teacher, x) > threshold).sum()) == 5 * len(x)
+
+
+@pytest.mark.parametrize("family", ["standard", "jumprelu", "rational", "alpha"])
+@pytest.mark.parametrize("l0", [2.0, 6.5])
+def test_l0_is_matched(make_teacher, x, family, l0):
+    if family in ("rational", "alpha"):
+        teacher = make_teacher("jumprelu")
+        with torch.no_grad():
+            teacher.threshold.clamp_(min=0.05)
+        sae = RationalSAE.from_teacher(teacher)
+        if family == "alpha":
+            sae.gate.k, sae.gate.alpha = 4, 0.6
+    else:
+        sae = make_teacher(family)
+        if family == "jumprelu":
+            with torch.no_grad():
+                sae.threshold.clamp_(min=0.05)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    matched = match_l0(sae, x.split(70), l0)
+    assert mean_l0(matched, [x]) == pytest.approx(l0, abs=2 / len(x))
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the SAE that was given has changed"
+
+
+def test_matching_refuses_a_dense_gate(make_teacher, x):
+    with pytest.raises(ValueError, match="dense"):
+        match_l0(RationalSAE.from_teacher(make_teacher("jumprelu"), support="dense"), [x], 3.0)
+
+
+def test_empty_activations_are_refused(make_teacher):
+    for function in (mean_l0, calibrate_threshold):
+        with pytest.raises(ValueError, match="empty"):
+            function(make_teacher("topk"), [])
+
+
+@pytest.mark.parametrize("family", ["standard", "jumprelu", "topk"])
+def test_hard_support_keeps_its_values(make_teacher, x, family):
+    teacher = make_teacher(family)
+    sae = calibrate(RationalSAE.from_teacher(teacher), [x])
+    torch.testing.assert_close(sae.encode(x), teacher.encode(x), rtol=1e-5, atol=1e-5)
+    if family == "standard":
+        active = pre_acts(teacher, x)[pre_acts(teacher, x) > 0]
+        assert (active < sae.gate.C_in).float().mean().item() == pytest.approx(0.999, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["standard", "jumprelu", "topk"])
+def test_dense_support_is_nearer_the_teacher_where_the_data_is(make_teacher, family):
+    """Least squares on the pre-activations must beat the fit on the whole interval, on activations that it has not seen."""
+    generator = torch.Generator().manual_seed(5)
+    seen, unseen = 2 * torch.randn(2, 1500, 12, generator=generator)
+    teacher = make_teacher(family)
+    with torch.no_grad():
+        teacher.W_dec.div_(teacher.W_dec.norm(dim=1, keepdim=True))
+    # the right scale without any data, so that what is compared is the coefficients
+    C_in = float(pre_acts(teacher, seen).max())
+    fresh = RationalSAE.from_teacher(teacher, support="dense", C_in=C_in)
+    fitted = calibrate(fresh, seen.split(500))
+    with torch.no_grad():
+        errors = [float((sae(unseen) - teacher(unseen)).square().mean()) for sae in (fresh, fitted)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
+def test_gate_curves_draw_the_gates(family, x):
+    from test_finetune import MemoryStore
+
+    data = MemoryStore(500, 0)
+    config = FinetuneConfig(steps=5, batch_size=64, target_l0=4.0, penalty=0.1)
+    teacher = pretrain(family, data, config, d_sae=40, held_out=data)
+    arms = {"teacher": teacher, "init": calibrate(RationalSAE.from_teacher(teacher), [data.x])}
+    curves = gate_curves(arms, data.x)
+    grid = torch.tensor(curves["x"])
+    expected = torch.where(grid > (0 if family == "relu" else 1), grid, 0.0)
+    torch.testing.assert_close(torch.tensor(curves["arms"]["teacher"]), expected)
+    close = (torch.tensor(curves["arms"]["init"]) - expected).abs() < 1e-4
+    assert close.float().mean() > 0.99  # but for the one point at the edge, where the median latent's threshold decides
+    assert sum(curves["pre_acts"]["counts"]) == 500 * 40

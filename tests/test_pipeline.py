@@ -1,0 +1,166 @@
+"""The whole road on a tiny random model: what it leaves, that it resumes, and what it refuses before it writes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from sae_lens import SAE
+from tiny_host import save_tiny
+
+from rsae.artefacts import read_json
+from rsae.finetune import FinetuneConfig
+from rsae.pipeline import ARMS, UpgradeConfig, demo, upgrade
+
+HOOK = "blocks.1.hook_resid_post"
+CONFIG = UpgradeConfig(
+    train_tokens=1500,
+    validation_tokens=400,
+    evaluation_tokens=400,
+    ce_tokens=200,
+    context_length=16,
+    finetune=FinetuneConfig(steps=12, batch_size=64, checkpoint_every=5),
+)
+TEACHER = FinetuneConfig(steps=20, batch_size=64, target_l0=4.0, penalty=0.5)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("host")))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    lines = [" ".join(f"w{i}" for i in torch.randint(0, 58, (30,), generator=generator)) for _ in range(900)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def demo_run(host, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    results = demo(out, host=host, hook=HOOK, text=text, config=CONFIG, teacher=TEACHER)
+    return out, results
+
+
+def test_demo_leaves_what_it_promises(demo_run):
+    out, results = demo_run
+    assert (out / "report.html").read_text().startswith("<!")
+    for family in ("relu", "jumprelu", "topk"):
+        metrics = read_json(out / family / "metrics.json")
+        assert metrics == results[family]
+        architectures = [SAE.load_from_disk(out / family / arm).cfg.architecture() for arm in ARMS]
+        teacher = {"relu": "standard"}.get(family, family)
+        assert architectures == [teacher, teacher, "rational", "rational"]
+        for arm in ARMS:
+            assert {
+                "mse",
+                "fvu",
+                "l0",
+                "alive",
+                "dense",
+                "ce_clean",
+                "ce_spliced",
+                "delta_ce",
+                "loss_recovered",
+                "kl",
+            } <= set(metrics[arm])
+            assert metrics[arm]["n_tokens"] > 300
+            assert metrics[arm]["counting_rule"]
+        # hard support starts as the teacher
+        assert metrics["init"]["fvu"] == pytest.approx(metrics["teacher"]["fvu"], rel=1e-4)
+        assert metrics["init"]["l0"] == pytest.approx(metrics["teacher"]["l0"], rel=1e-3)
+        assert set(metrics["verdict"]) == {"fvu", "delta_ce", "alive", "dense"}
+        for arm in ("control", "rsae"):
+            rows = [json.loads(line) for line in (out / family / arm / "log.jsonl").read_text().splitlines()]
+            assert [row["step"] for row in rows] == [10, 12]
+        assert read_json(out / family / "run.json")["done"]
+        assert set(read_json(out / family / "gate.json")["arms"]) == {"teacher", "init", "rsae"}
+
+
+def test_a_second_demo_runs_nothing_and_verifies(demo_run, host, text):
+    out, results = demo_run
+    calls = []
+    again = demo(
+        out, host=host, hook=HOOK, text=text, config=CONFIG, teacher=TEACHER, progress=lambda *a: calls.append(a)
+    )
+    assert again == results
+    assert calls == []
+
+
+def test_a_changed_file_is_noticed(demo_run, host, text):
+    out, _ = demo_run
+    file = out / "topk" / "rsae" / "sae_weights.safetensors"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:-1] + b"x")
+        with pytest.raises(ValueError, match="topk/rsae/sae_weights.safetensors is missing or has changed"):
+            demo(out, host=host, hook=HOOK, text=text, config=CONFIG, teacher=TEACHER)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_upgrade_a_saelens_checkpoint_and_resume_after_a_kill(demo_run, host, text, tmp_path):
+    teacher = demo_run[0] / "jumprelu" / "teacher"
+    whole = upgrade(teacher, host, HOOK, text, tmp_path / "whole", config=CONFIG)
+
+    def stop(stage, done, total):
+        if "rsae" in stage and done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upgrade(teacher, host, HOOK, text, tmp_path / "killed", config=CONFIG, progress=stop)
+    resumed = upgrade(teacher, host, HOOK, text, tmp_path / "killed", config=CONFIG)
+    weights = [(tmp_path / run / "rsae" / "sae_weights.safetensors").read_bytes() for run in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    assert resumed["rsae"]["fvu"] == whole["rsae"]["fvu"]
+    assert (tmp_path / "killed" / "report.html").exists()
+
+
+class TestRefusals:
+    """Each before anything is written or overwritten."""
+
+    @pytest.fixture
+    def teacher(self, demo_run):
+        return demo_run[0] / "topk" / "teacher"
+
+    def refused(self, message, *args, out):
+        before = sorted(out.parent.rglob("*"))
+        with pytest.raises(ValueError, match=message):
+            upgrade(*args, out, config=CONFIG)
+        assert sorted(out.parent.rglob("*")) == before
+
+    def test_hook(self, teacher, host, text, tmp_path):
+        self.refused(r"blocks\.1\.hook_resid_post", teacher, host, "blocks.1.hook_resid_pots", text, out=tmp_path / "o")
+
+    def test_width(self, teacher, text, tmp_path_factory, tmp_path):
+        import tiny_host
+        from transformers import AutoModelForCausalLM
+
+        wide = tmp_path_factory.mktemp("wide")
+        model = AutoModelForCausalLM.from_config(
+            tiny_host.LlamaConfig(**{**tiny_host.SMALL, "hidden_size": 24}, num_key_value_heads=1)
+        )
+        model.save_pretrained(wide)
+        tiny_host.tiny_tokenizer().save_pretrained(wide)
+        self.refused("d_in 16, the host .* d_model 24", teacher, str(wide), HOOK, text, out=tmp_path / "o")
+
+    def test_teacher(self, host, text, tmp_path):
+        self.refused("neither a folder", tmp_path / "none", host, HOOK, text, out=tmp_path / "o")
+
+    def test_an_rsae_is_not_a_teacher(self, demo_run, host, text, tmp_path):
+        self.refused("rational SAE already", demo_run[0] / "topk" / "rsae", host, HOOK, text, out=tmp_path / "o")
+
+    def test_another_run_in_the_folder(self, demo_run, host, text):
+        out = demo_run[0]
+        before = (out / "run.json").read_bytes()
+        with pytest.raises(ValueError, match="holds another run"):
+            demo(out, host=host, hook=HOOK, text=text, config=replace(CONFIG, train_tokens=99), teacher=TEACHER)
+        assert (out / "run.json").read_bytes() == before
+
+    def test_a_folder_with_something_else(self, teacher, host, text, tmp_path):
+        (tmp_path / "o").mkdir()
+        (tmp_path / "o" / "thesis.tex").write_text("keep me")
+        self.refused("not empty", teacher, host, HOOK, text, out=tmp_path / "o")
