@@ -57,9 +57,7 @@ KNOWN = "from sae_lens.registry import get_sae_class; print(*(c.__name__ for c i
         "import rsae; import sae_lens",
         "import sae_lens; import rsae",
         "from rsae.sae import RationalSAE",
-        "from rsae import RationalSAE",
         "import rsae; from sae_lens.saes.sae import SAE",
-        "import sae_lens, rsae, importlib; importlib.import_module('rsae.sae'); import rsae.sae",
     ],
 )
 def test_saelens_knows_rational(imports: str) -> None:

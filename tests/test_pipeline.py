@@ -96,7 +96,7 @@ def test_a_changed_file_is_noticed(demo_run, host, text):
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[:-1] + b"x")
-        with pytest.raises(ValueError, match="topk/rsae/sae_weights.safetensors is missing or has changed"):
+        with pytest.raises(ValueError, match=r"sae_weights\.safetensors is missing or has changed"):
             demo(out, host=host, hook=HOOK, text=text, config=CONFIG, teacher=TEACHER)
     finally:
         file.write_bytes(whole)

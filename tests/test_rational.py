@@ -174,7 +174,7 @@ class TestHardSupport:
         assert bool((gate(h)[0] == 0).all())
 
     def test_k_largest_of_each_sample(self):
-        gate = RationalGate([0.0, 1.0], [], support="hard", threshold=0.0, k=2)
+        gate = RationalGate([0.0, 1.0], [], support="hard", threshold=1.0, k=2, alpha=1.0)
         h = torch.tensor([[3.0, 1.0, 2.0], [-1.0, -2.0, 4.0]])
         torch.testing.assert_close(gate(h), torch.tensor([[3.0, 0.0, 2.0], [0.0, 0.0, 4.0]]))
 
@@ -194,6 +194,8 @@ class TestHardSupport:
             ({"support": "soft"}, "'dense' or 'hard'"),
             ({"C_in": 0.0}, "positive"),
             ({"k": 0}, "at least 1"),
+            ({"alpha": 0.5}, "needs k"),
+            ({"alpha": 0.5, "k": 2, "support": "hard", "threshold": 0.0}, "must be positive"),
             ({"scale": 0.0}, "scale"),
         ],
     )
@@ -214,7 +216,7 @@ class TestSurrogate:
         return (z @ self.W - self.x).square().sum()
 
     def smoothed(self, h, theta, bandwidth):
-        """E over e ~ U(-1/2, 1/2) of the loss with the gate opening at theta (1 + bandwidth e): in closed form F L_on + (1-F) L_off."""
+        """E over e ~ U(-1/2, 1/2) of the loss with the gate opening at theta (1 + bandwidth e): F L_on + (1 - F) L_off."""
         F = min(1.0, max(0.0, (h / theta - 1) / bandwidth + 0.5))
         return F * self.loss(h) + (1 - F) * self.loss(0.0)
 

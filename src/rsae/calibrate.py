@@ -1,4 +1,4 @@
-"""What stage 1 takes from data: scales, thresholds, and the coefficients of a dense gate refitted where pre-activations really are."""
+"""What stage 1 takes from data: scales, thresholds, and a dense gate's coefficients, refitted where pre-activations really are."""
 
 from __future__ import annotations
 
@@ -201,7 +201,10 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
     h = pre_acts(teacher, x)
     family = teacher.cfg.architecture()
     if family == "jumprelu":
-        unit, label = float(teacher.threshold.median()), "pre-activation / median threshold of the teacher"  # type: ignore[union-attr, operator]
+        unit, label = (
+            float(teacher.state_dict()["threshold"].median()),
+            "pre-activation / median threshold of the teacher",
+        )
     elif family == "topk":
         unit, label = calibrate_threshold(teacher, [x]), "pre-activation / k-th largest of a typical sample"
     else:
@@ -221,11 +224,12 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
         values = gate.amplitude(grid * unit, gate.C_in.median(), gate.C_out.median()) / unit
         curves[name] = torch.where(grid * unit > edge, values, 0.0) if gate.support == "hard" else values
     counts, edges = np.histogram((h / unit).clamp(-2, 8).numpy(), bins=200, range=(-2.0, 8.0))
-    rational = arms["rsae"].gate if "rsae" in arms else None  # type: ignore[union-attr]
-    formula = {} if rational is None else {
-        "degree": list(rational.degree), "num_coeffs": rational.num_coeffs.tolist(), "den_coeffs": rational.den_coeffs.tolist(),
-        "centre": rational.centre, "scale": rational.scale, "support": rational.support, "k": rational.k, "alpha": rational.alpha,
-    }  # fmt: skip
+    upgraded = arms.get("rsae")
+    formula: dict[str, Any] = {}
+    if isinstance(upgraded, RationalSAE):
+        upgraded.sync_config()
+        names = ("num_coeffs", "den_coeffs", "centre", "scale", "support", "k", "alpha")
+        formula = {"degree": list(upgraded.gate.degree)} | {name: getattr(upgraded.cfg, name) for name in names}
     return {
         "x_label": label,
         "x": grid.tolist(),

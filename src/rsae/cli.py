@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -47,18 +47,23 @@ Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
 def main() -> None:
     """Run the command line; bad input ends in exit code 2 and one line on stderr."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except ValueError as error:
-        if os.environ.get("RSAE_TRACEBACK"):
-            raise
-        print(f"rsae: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except OSError as error:
-        print(f"rsae: error: {error}; what is done is kept, and the same command continues", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(f"{error}; what is done is kept, and the same command continues")
+    except (KeyboardInterrupt, typer.Abort):
         print("rsae: stopped; what is done is kept, and the same command continues", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not the parser's own complaint about options and arguments
+            raise
+        _fail(f"{error.format_message()} (see rsae --help)")  # type: ignore[attr-defined]
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"rsae: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -128,26 +133,23 @@ def harvest(
     text: Text,
     out: Out,
     tokens: Annotated[int, typer.Option(help="How many activations to store.")] = 1_000_000,
-    split: Annotated[str, typer.Option(help="train, validation or evaluation.")] = "train",
+    split: Annotated[Literal["train", "validation", "evaluation"], typer.Option(help="Which documents.")] = "train",
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 256,
 ) -> None:
     """Store a language model's activations over a text, as shards that the other stages read."""
-    if split not in ("train", "validation", "evaluation"):
-        raise ValueError(f"--split is train, validation or evaluation; got {split!r}")
     with _work() as progress:
         from rsae.harvest import harvest as run
         from rsae.hosts import load_host
 
-        store = run(
-            load_host(host), hook, text, out, n_tokens=tokens, split=split, context_length=context_length, progress=progress  # type: ignore[arg-type]
-        )  # fmt: skip
+        sizes = {"n_tokens": tokens, "context_length": context_length}
+        store = run(load_host(host), hook, text, out, split=split, progress=progress, **sizes)
     left_out = ", ".join(f"{name} {share:.2%}" for name, share in store.meta["excluded"].items())
     print(f"{store.n_tokens} activations of width {store.d_in} in {out} (left out: {left_out})")
 
 
 @app.command()
 def pretrain(
-    family: Annotated[str, typer.Argument(help="relu, jumprelu or topk.")],
+    family: Annotated[Literal["relu", "jumprelu", "topk"], typer.Argument(help="The teacher's gate.")],
     acts: Annotated[Path, typer.Option(help="Activations to train on (from rsae harvest).")],
     held_out: Annotated[Path, typer.Option(help="Activations to measure L0 on.")],
     out: Out,
@@ -166,7 +168,7 @@ def pretrain(
         config = FinetuneConfig(steps=steps, lr=lr, warmup=0.1, target_l0=l0, seed=seed)
         data, check = ActivationStore.open(acts), ActivationStore.open(held_out)
         metadata = {"model_name": data.host, "hook_name": data.hook}
-        run(family, data, config, d_sae=d_sae, held_out=check, metadata=metadata, out=out, progress=progress)  # type: ignore[arg-type]
+        run(family, data, config, d_sae=d_sae, held_out=check, metadata=metadata, out=out, progress=progress)
     print(f"teacher: {out}")
 
 
@@ -175,7 +177,7 @@ def init(
     teacher: Annotated[str, typer.Argument(help="SAELens checkpoint folder, or RELEASE:SAE_ID from the hub.")],
     acts: Annotated[Path, typer.Option(help="Activations to calibrate on (from rsae harvest).")],
     out: Out,
-    support: Annotated[str, typer.Option(help="hard (exact zeros) or dense (the paper's).")] = "hard",
+    support: Annotated[Literal["hard", "dense"], typer.Option(help="hard: exact zeros; dense: the paper's.")] = "hard",
     degree: Annotated[tuple[int, int] | None, typer.Option(help="P Q; default by family, as in the paper.")] = None,
 ) -> None:
     """Stage 1 alone: a teacher's weights with a rational gate that reproduces it."""
@@ -187,7 +189,7 @@ def init(
         from rsae.sae import RationalSAE, save_sae
         from rsae.teachers import load_teacher
 
-        sae = RationalSAE.from_teacher(load_teacher(teacher).sae, degree, support=support)  # type: ignore[arg-type]
+        sae = RationalSAE.from_teacher(load_teacher(teacher).sae, degree, support=support)
         batches = ActivationStore.open(acts).batches(2048, seed=0)
         save_sae(calibrate(sae, list(islice(batches, 8))), out)
     print(f"RSAE: {out}")
@@ -255,7 +257,9 @@ def fit(
     degree: Annotated[tuple[int, int], typer.Option(help="P Q: degrees of numerator and denominator.")] = (9, 8),
     theta: Annotated[float | None, typer.Option(help="Where the jump is, for jumprelu, heaviside, sign.")] = None,
     delta: Annotated[float | None, typer.Option(help="Half width of the gap about the jump.")] = None,
-    method: Annotated[str, typer.Option(help="minimax (the optimum) or relaxed-remez (the paper's).")] = "minimax",
+    method: Annotated[
+        Literal["minimax", "relaxed-remez"], typer.Option(help="The optimum, or the paper's initialisation.")
+    ] = "minimax",
     out: Out = Path("fit"),
 ) -> None:
     """Best rational approximation of a gate: prints the numbers, writes fit.json and a picture.
@@ -265,7 +269,7 @@ def fit(
     from rsae.artefacts import write_json
     from rsae.minimax import fit_gate, save_picture
 
-    found = fit_gate(gate, degree, theta=theta, delta=delta, method=method)  # type: ignore[arg-type]
+    found = fit_gate(gate, degree, theta=theta, delta=delta, method=method)
     write_json(out / "fit.json", found.to_dict())
     save_picture(found, out / "fit.html")
     print(f"{gate} of degree {degree}: max error {found.max_error:.6e}, mse {found.mse:.3e}")

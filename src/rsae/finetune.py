@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from rsae import sparse
 from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
-from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
-from rsae.sae import save_sae
+from rsae.rational import Surrogate, hard_edge, sample_scale
+from rsae.sae import RationalSAE, save_sae
 from rsae.teachers import load_teacher
 
 if TYPE_CHECKING:
@@ -159,6 +159,9 @@ class Trainee(nn.Module, ABC):
         """After an optimizer step: decoder rows back to their norms."""
         self.W_dec.mul_(self.norms / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
+    def begin(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """See the first batch before the first step."""
+
     def steer(self, l0: float, target: float) -> None:
         """Move whatever sets the sparsity towards `target`, given the L0 of the last batch."""
 
@@ -175,7 +178,7 @@ class Trainee(nn.Module, ABC):
         """A copy of `sae` with what was trained, in the host's units."""
         sae = copy.deepcopy(sae)
         sae.W_enc.copy_(self.W_enc.T)
-        sae.b_enc.copy_(self.b_enc * self.unit)  # type: ignore[operator]
+        sae.b_enc.copy_(self.b_enc * self.unit)  # type: ignore[operator] # SAELens declares it in its subclasses
         sae.W_dec.copy_(self.W_dec)
         sae.b_dec.copy_(self.b_dec * self.unit)
         self.write_gate(sae)
@@ -183,13 +186,31 @@ class Trainee(nn.Module, ABC):
 
 
 class ReLUTrainee(Trainee):
-    """ReLU with an l1 price. Its sparsity has no other handle, so matched L0 steers the price."""
+    """ReLU with an l1 price. Its sparsity has no other handle, so matched L0 steers the price.
+
+    A checkpoint does not say at what price it was trained. Without a `penalty` the first batch tells: at the optimum the gain
+    of scaling all latents up is balanced by its price, sum (g + price ||w||) z = 0 with g the gradient of the squared error.
+    """
+
+    price: Tensor
 
     def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
         super().__init__(sae, unit, config)
         if config.objective == "l0":
             raise ValueError("a ReLU has no threshold for objective 'l0' to move: use 'l1' or 'matched-l0'")
-        self.register_buffer("price", torch.tensor(float(config.penalty if config.penalty is not None else 1.0)))
+        self.register_buffer("price", torch.tensor(float(config.penalty or 0.0)))
+
+    def begin(self, x: Tensor) -> None:
+        if self.config.penalty is not None:
+            return
+        inputs = x - self.b_dec if self.subtracts else x
+        entries = self.choose(h := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
+        z = h.view(-1)[entries.flat].float().requires_grad_()
+        error = (sparse.decode(z, self.W_dec.detach(), self.b_dec.detach(), entries) - x).square().sum() / len(x)
+        (g,) = torch.autograd.grad(error, z)
+        norms = self.norms.squeeze(1)[entries.latents]
+        balance = -(g * z).sum() / (norms * z).sum() * len(x)
+        self.price.fill_(max(1e-3, balance.item()))
 
     def choose(self, h: Tensor) -> sparse.Entries:
         return sparse.Entries.of(h > 0)
@@ -201,7 +222,7 @@ class ReLUTrainee(Trainee):
         return self.price * (z * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
 
     def steer(self, l0: float, target: float) -> None:
-        self.price.mul_(math.exp(0.02 * max(-1.0, min(1.0, math.log(max(l0, 1e-3) / target)))))
+        self.price.mul_(math.exp(0.01 * max(-1.0, min(1.0, math.log(max(l0, 1e-3) / target)))))
 
     def state_of_gate(self) -> dict[str, float]:
         return {"price": self.price.item()}
@@ -236,9 +257,10 @@ class ThresholdTrainee(Trainee):
 
     def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
         super().__init__(sae, unit, config)
-        gate: RationalGate | None = getattr(sae, "gate", None)
+        gate = sae.gate if isinstance(sae, RationalSAE) else None
         threshold = gate.threshold if gate is not None else sae.threshold
-        assert isinstance(threshold, Tensor)
+        if not isinstance(threshold, Tensor):
+            raise ValueError("fine-tuning a dense gate is not built yet: use support='hard'")
         theta = threshold.detach().float() / unit
         self.log_threshold = nn.Parameter(theta.clamp(min=1e-3).log())  # a JumpReLU may have some at 0
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
@@ -248,10 +270,10 @@ class ThresholdTrainee(Trainee):
         if config.objective == "l0":
             self.surrogate = self.surrogate._replace(price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
-        self.gate = gate and copy.deepcopy(gate)
+        self.gate = copy.deepcopy(gate)
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         if self.gate is not None:
-            self.gate.threshold = None
+            self.gate.register_parameter("threshold", None)
             self.log_C_in = nn.Parameter((self.gate.C_in.detach() / unit).log())
             self.log_C_out = nn.Parameter((self.gate.C_out.detach() / unit).log())
             self.gate.C_in.requires_grad_(False)
@@ -311,7 +333,7 @@ class ThresholdTrainee(Trainee):
             sae.threshold.data.copy_(threshold)  # type: ignore[union-attr]
             return
         gate = copy.deepcopy(self.gate)
-        gate.threshold = nn.Parameter(threshold)
+        gate.register_parameter("threshold", nn.Parameter(threshold))
         gate.C_in = nn.Parameter(self.log_C_in.exp() * self.unit)
         gate.C_out = nn.Parameter(self.log_C_out.exp() * self.unit)
         sae.gate = gate
@@ -351,9 +373,10 @@ def finetune(
 ) -> SAE[Any]:
     """Train an SAE with its own gate, on batches that depend on `data`, `config.seed` and `config.batch_size` alone.
 
-    With the objective "matched-l0" the result has the target L0 on `held_out`, exactly but for ties: training steers it, and
-    `rsae.calibrate.match_l0` does the rest. A rational gate that keeps the k largest gets one calibrated threshold per latent first,
-    and one whose thresholds are 0 (a ReLU's) a low positive one: an edge at 0 can learn nothing.
+    With the objective "matched-l0" the result has the target L0 on `held_out`, exactly but for ties: training steers it,
+    and `rsae.calibrate.match_l0` does the rest. A rational gate that keeps the k largest first gets a threshold for each
+    latent, which follows the sample as far as `config.alpha` says, and one whose thresholds are 0 (a ReLU's) gets low
+    positive ones: an edge at 0 can learn nothing.
 
     Args:
         sae: StandardSAE, JumpReLUSAE, TopKSAE or RationalSAE with hard support. Not changed.
@@ -411,6 +434,8 @@ def _train(
     )
     mean, d_in = data.mean / trainee.unit, data.d_in
     first = folder.restore(trainee, optimizer) if folder is not None else 0
+    if first == 0:
+        trainee.begin(next(iter(data.batches(config.batch_size, seed=config.seed))) / trainee.unit)
     sums, counted, began = torch.zeros(4), 0, time.perf_counter()
     for step, raw in zip(
         range(first, config.steps), data.batches(config.batch_size, seed=config.seed, start=first), strict=False
@@ -472,13 +497,12 @@ def _unit(data: Store, config: FinetuneConfig) -> float:
 
 def _with_thresholds(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
     """A rational gate in the form that trains: a positive threshold for each latent, and not the k largest."""
-    gate = getattr(sae, "gate", None)
-    if gate is None:
+    if not isinstance(sae, RationalSAE):
         return sae
-    if gate.support != "hard":
-        raise ValueError("fine-tuning a dense gate is not built yet: use support='hard'")
     sae = copy.deepcopy(sae)
     gate = sae.gate
+    if gate.threshold is None:
+        raise ValueError("fine-tuning a dense gate is not built yet: use support='hard'")
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     if gate.k is not None:
         gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0) / gate.threshold.median())
@@ -488,8 +512,8 @@ def _with_thresholds(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: flo
         # since what l1 shrank to little more than nothing is what a threshold is there to leave out
         typical = _mean_active(sae, sample)
         gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
-        sae = match_l0(sae, sample, RELU_START * l0)
-        gate = sae.gate
+        gate = match_l0(sae, sample, RELU_START * l0).gate
+        sae.gate = gate
     gate.k, gate.alpha = (max(1, round(l0)), config.alpha) if config.alpha > 0 else (None, 0.0)
     sae.sync_config()
     return sae

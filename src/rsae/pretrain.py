@@ -70,7 +70,10 @@ def initial_sae(
         sae.W_enc.copy_(directions.T)
         sae.b_enc.zero_()
         sae.b_dec.copy_(data.mean)
+        first = [next(iter(data.batches(2048, seed=seed)))]
         if isinstance(sae, JumpReLUSAE):
-            first = next(iter(data.batches(2048, seed=seed)))
-            sae.threshold.fill_(calibrate_threshold(sae, [first], l0))
+            sae.threshold.fill_(calibrate_threshold(sae, first, l0))
+        elif isinstance(sae, StandardSAE):
+            # From half of its latents active, the l1 price would have to overshoot, and kill, to bring it down in time
+            sae.b_enc.fill_(-calibrate_threshold(sae, first, min(2 * l0, 0.5 * d_sae)))
     return sae

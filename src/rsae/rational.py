@@ -348,15 +348,18 @@ class RationalGate(nn.Module):
         else:
             self.register_parameter("threshold", None)
         if not self.num_fit.is_meta:
-            self._check()
+            self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise a ValueError if a scale or a threshold has a value that it must not have."""
         for name in ("C_in", "C_out"):
             value = getattr(self, name)
             if not bool((value > 0).all()):
                 raise ValueError(f"{name} must be positive; its smallest value is {value.min().item()}")
         if self.threshold is not None and not bool((self.threshold >= 0).all()):
             raise ValueError(f"thresholds must be >= 0; the smallest is {self.threshold.min().item()}")
+        if self.threshold is not None and self.alpha > 0 and not bool((self.threshold > 0).all()):
+            raise ValueError("thresholds that follow the sample (alpha > 0) must be positive; some are 0")
 
     @property
     def degree(self) -> tuple[int, int]:
@@ -436,7 +439,8 @@ def sample_scale(h: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*ba
     A sample with fewer than k positive ones gets a tiny positive number, which all of its positive ones are above.
     """
     top = h.detach().topk(min(k + 1, h.shape[-1]), dim=-1).values
-    return top[..., -2:].mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+    edge = top[..., -2:].mean(-1, keepdim=True) if k < h.shape[-1] else torch.zeros_like(top[..., :1])
+    return edge.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
 
 
 def _unit(fit: Tensor) -> Tensor:

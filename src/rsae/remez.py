@@ -193,7 +193,8 @@ def extrema(error: Callable[[Array], Array], x: Array, intervals: Sequence[Inter
     rows, fractions = np.arange(len(peaks)), np.linspace(0, 1, 17)
     value = np.abs(e[peaks])
     for _ in range(4):
-        probes = np.column_stack([left[:, None] + (right - left)[:, None] * fractions, here])
+        between = np.minimum(left[:, None] + (right - left)[:, None] * fractions, right[:, None])
+        probes = np.column_stack([between, here])
         values = error(probes.ravel()).reshape(probes.shape) * sign[:, None]
         top = values.argmax(axis=1)
         here, value, step = probes[rows, top], values[rows, top], (right - left) / 16

@@ -121,8 +121,9 @@ class RationalSAE(SAE[RationalSAEConfig]):
                 "sample's threshold; use hard support, or one calibrated threshold (rsae.calibrate.calibrate_threshold)"
             )
         self.fold_and_get_W_dec_norm()
-        self.gate.C_in = nn.Parameter(self.gate.C_in * norms)
-        self.gate.C_out = nn.Parameter(self.gate.C_out * norms)
+        if self.gate.support == "hard" or self.gate.k is None:  # else each sample's own threshold carries n already
+            self.gate.C_in = nn.Parameter(self.gate.C_in * norms)
+            self.gate.C_out = nn.Parameter(self.gate.C_out * norms)
         if self.gate.threshold is not None:
             self.gate.threshold = nn.Parameter(self.gate.threshold * norms)
         self.sync_config()
@@ -208,6 +209,8 @@ class RationalSAE(SAE[RationalSAEConfig]):
                 )
         if family == "topk" and teacher.cfg.rescale_acts_by_decoder_norm:
             teacher = _without_rescaling(teacher)
+        if threshold is not None and (family != "topk" or threshold <= 0):
+            raise ValueError(f"a threshold is for a TopK teacher, and positive; got {threshold} for a {family} teacher")
         degree = degree or DEFAULT_DEGREE[family]
         k = teacher.cfg.k if family == "topk" and threshold is None else None
         d_sae = teacher.cfg.d_sae
@@ -219,9 +222,11 @@ class RationalSAE(SAE[RationalSAEConfig]):
             theta = torch.full((d_sae,), float(threshold), device=teacher.W_enc.device)
         scales: float | Tensor = C_in
         if theta is not None:
-            # A latent whose threshold is 0 is a ReLU: it gets the scale of the others
+            # A latent whose threshold is 0 is a ReLU. Hard support has it exactly at any scale; a dense jump at a tiny
+            # threshold, with the gate's own slope 1 beyond the design interval, is as good as one
             typical = theta[theta > 0].median() if bool((theta > 0).any()) else theta.new_tensor(C_in * THETA)
-            scales = torch.where(theta > 1e-3 * typical, theta, typical) / THETA
+            instead = typical if support == "hard" else 1e-3 * typical
+            scales = torch.where(theta > 1e-3 * typical, theta, instead) / THETA
         elif k is not None and support == "dense":
             scales = 1.0 / THETA  # times the sample's own threshold, in the gate
 
@@ -279,7 +284,7 @@ def identity_numerator(fit: RationalFit) -> list[float]:
 
 
 def save_sae(sae: SAE[Any], folder: str | Path) -> None:
-    """Save a SAELens checkpoint so that a reader finds the old one or the new one, never a half-written file."""
+    """Save a SAELens checkpoint; each of its two files is written whole, then put in its place."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:

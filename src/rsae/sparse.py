@@ -1,7 +1,7 @@
 """Encoder and decoder on the few active entries of a batch, with their gradients.
 
-A latent that is exactly 0 costs nothing in the decoder, in the loss or in any gradient. So after the one dense product that gives the
-pre-activations, everything works on a list of entries: the active latents and those near enough to their edge to learn from it.
+A latent that is exactly 0 costs nothing in the decoder, in the loss or in any gradient. So after the one dense product that
+gives the pre-activations, everything works on a list of entries: the active latents and those near enough to their edge to learn.
 
 Products over all latents run in bfloat16 with float32 accumulation; sums over entries in float32. Knows torch and nothing else.
 """

@@ -56,6 +56,10 @@ def load_teacher(path_or_spec: str | Path, *, device: str = "cpu") -> Teacher:
         release, sae_id = source.split(":", 1)
         try:
             sae = SAE.from_pretrained(release, sae_id, device=device, dtype="float32")
+            if sae.cfg.architecture() not in FAMILIES:
+                raise KeyError(sae.cfg.architecture())
+        except KeyError as error:
+            raise ValueError(f"teacher {source}: architecture {error}; rsae upgrades {', '.join(FAMILIES)}") from error
         except OSError as error:
             raise ValueError(
                 f"teacher {source}: the hub did not give it ({error}). A local folder works without it"
@@ -79,6 +83,8 @@ def _from_folder(path: Path, device: str) -> SAE[Any]:
                 f"{path} has no {name}: a SAELens checkpoint is a folder with cfg.json and sae_weights.safetensors"
             )
     config = read_json(path / "cfg.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}/cfg.json holds a {type(config).__name__}, not a SAELens configuration")
     architecture = config.get("architecture", "standard")
     if architecture not in FAMILIES:
         raise ValueError(f"{path}/cfg.json: architecture {architecture!r}; rsae upgrades {', '.join(FAMILIES)}")
@@ -106,6 +112,11 @@ def check_weights(sae: SAE[Any], source: str) -> None:
         "b_dec": (d_in,),
         "threshold": (d_sae,),
     }
+    if sae.cfg.architecture() == "rational":
+        try:
+            sae.gate.check()  # type: ignore[union-attr, operator]
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     for name, tensor in sae.state_dict().items():
         shape = expected.get(name.removeprefix("gate."))
         if shape is not None and tuple(tensor.shape) != shape:
