@@ -126,7 +126,7 @@ class TestGradients:
         for name, theirs in (("num_relative", reference.num_relative), ("den_relative", reference.den_relative)):
             trainee.zero_grad()
             trainee(data.x[:64] / 10).loss.backward()
-            ours = getattr(trainee.gate, name).grad
+            ours = getattr(trainee.amplitude.gate, name).grad
             assert (ours - theirs.grad).norm() / theirs.grad.norm() < 0.03
 
 
@@ -215,6 +215,19 @@ def test_objective_l1_shrinks(teachers, data, held_out):
         for price in (0.0, 1.0)
     )
     assert taxed.encode(data.x).abs().sum() < 0.95 * free.encode(data.x).abs().sum()
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
+def test_the_papers_recipe_trains_a_dense_gate(family, teachers, data, held_out, tmp_path):
+    dense = calibrate(RationalSAE.from_teacher(teachers[family], support="dense"), [data.x])
+    config = replace(SMALL, objective="l1", penalty=0.05)
+    trained = finetune(dense, data, config, held_out=held_out, out=tmp_path)
+    assert fvu(trained, data) < fvu(dense, data)
+    assert bool((trained.encode(data.x) != 0).all())
+    loaded = SAE.load_from_disk(tmp_path)
+    torch.testing.assert_close(loaded(data.x), trained(data.x), rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="no zeros to count"):
+        finetune(dense, data, SMALL, held_out=held_out)
 
 
 def test_schedule_by_hand():

@@ -228,7 +228,6 @@ def test_packaged_models_speak_english(spec, layers, width) -> None:
     assert 1.5 < losses["clean"].nll.mean() < 3.5  # nats a token
     assert losses["zero"].nll.mean() > losses["clean"].nll.mean() + 1
     assert losses["zero"].kl.mean() > 1
-    fact = "Madrid is the capital of Spain, and Paris is the capital of France. The capital of France is"
-    question = host.tokenizer(fact, return_tensors="pt", add_special_tokens=False).input_ids
+    question = host.tokenizer("Two plus two equals", return_tensors="pt", add_special_tokens=False).input_ids
     prompt = torch.cat([bos, question], 1)
-    assert host.tokenizer.decode(host.model(prompt).logits[0, -1].argmax()).strip() == "Paris"
+    assert host.tokenizer.decode(host.model(prompt).logits[0, -1].argmax()).strip() == "four"

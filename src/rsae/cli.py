@@ -202,6 +202,11 @@ def finetune(
     held_out: Annotated[Path, typer.Option(help="Activations to match L0 on.")],
     out: Out,
     l0: Annotated[float | None, typer.Option(help="L0 to end at; default the SAE's own.")] = None,
+    objective: Annotated[
+        Literal["matched-l0", "l0", "l1"],
+        typer.Option(help="Hold L0, or put a price on L0 or on l1 (a dense gate: l1)."),
+    ] = "matched-l0",
+    penalty: Annotated[float | None, typer.Option(help="The price, for l0 and l1.")] = None,
     steps: Steps = 600,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
     seed: Seed = 0,
@@ -213,7 +218,15 @@ def finetune(
         from rsae.harvest import ActivationStore
         from rsae.teachers import load_teacher
 
-        chosen: dict[str, Any] = {"steps": steps, "target_l0": l0, "seed": seed} | ({} if lr is None else {"lr": lr})
+        chosen: dict[str, Any] = {
+            "steps": steps,
+            "target_l0": l0,
+            "seed": seed,
+            "objective": objective,
+            "penalty": penalty,
+        }
+        if lr is not None:
+            chosen["lr"] = lr
         loaded, data, check = load_teacher(sae), ActivationStore.open(acts), ActivationStore.open(held_out)
         run(loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out, progress=progress)
     print(f"fine-tuned: {out}")

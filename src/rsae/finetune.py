@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from rsae import sparse
 from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
-from rsae.rational import Surrogate, hard_edge, sample_scale
+from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
 from rsae.sae import RationalSAE, save_sae
 from rsae.teachers import load_teacher
 
@@ -38,7 +39,7 @@ Objective = Literal["matched-l0", "l0", "l1"]
 
 LOG_EVERY = 10
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
-SILENT_TOKENS = 50_000
+SILENT_TOKENS = 200_000
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
 RELU_START = 0.8
 
@@ -53,7 +54,7 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 4e-4
     """Adam's learning rate of weights and biases."""
-    gate_lr: float = 3e-4
+    gate_lr: float = 1e-4
     """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""
@@ -65,7 +66,7 @@ class FinetuneConfig:
     """For matched-l0; None: the L0 that the SAE has when it comes."""
     penalty: float | None = None
     """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
-    alpha: float = 0.7
+    alpha: float = 0.95
     """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate)."""
     surrogate: Surrogate = field(default_factory=Surrogate)
     """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
@@ -129,30 +130,8 @@ class Trainee(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def choose(self, h: Float[Tensor, "batch d_sae"]) -> sparse.Entries:
-        """Entries that are active or near their edge."""
-
-    @abstractmethod
-    def latents(self, h: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, " n"]:
-        """Latents at the entries."""
-
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Loss of a batch of activations, in training units."""
-        inputs = x - self.b_dec.detach() if self.subtracts else x
-        dense = sparse.pre_activations(inputs, self.W_enc, self.b_enc)
-        entries = self.choose(dense)
-        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, self.b_dec if self.subtracts else None, entries)
-        z = self.latents(h, entries)
-        x_hat = sparse.decode(z, self.W_dec, self.b_dec, entries)
-        squared_error = (x_hat - x).square().sum() / len(x)
-        return Step(squared_error + self.penalty(z, entries), squared_error, (z != 0).sum() / len(x))
-
-    def penalty(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Tensor | float:
-        """What is added to the squared error."""
-        if self.config.objective != "l1":
-            return 0.0
-        assert self.config.penalty is not None
-        return self.config.penalty * (z.abs() * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -185,7 +164,36 @@ class Trainee(nn.Module, ABC):
         return sae
 
 
-class ReLUTrainee(Trainee):
+class SparseTrainee(Trainee):
+    """A gate with exact zeros: only entries that are active, or near their edge, are worked on."""
+
+    @abstractmethod
+    def choose(self, h: Float[Tensor, "batch d_sae"]) -> sparse.Entries:
+        """Entries that are active or near their edge."""
+
+    @abstractmethod
+    def latents(self, h: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, " n"]:
+        """Latents at the entries."""
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        inputs = x - self.b_dec.detach() if self.subtracts else x
+        dense = sparse.pre_activations(inputs, self.W_enc, self.b_enc)
+        entries = self.choose(dense)
+        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, self.b_dec if self.subtracts else None, entries)
+        z = self.latents(h, entries)
+        x_hat = sparse.decode(z, self.W_dec, self.b_dec, entries)
+        squared_error = (x_hat - x).square().sum() / len(x)
+        return Step(squared_error + self.penalty(z, entries), squared_error, (z != 0).sum() / len(x))
+
+    def penalty(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Tensor | float:
+        """What is added to the squared error."""
+        if self.config.objective != "l1":
+            return 0.0
+        assert self.config.penalty is not None
+        return self.config.penalty * (z.abs() * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
+
+
+class ReLUTrainee(SparseTrainee):
     """ReLU with an l1 price. Its sparsity has no other handle, so matched L0 steers the price.
 
     A checkpoint does not say at what price it was trained. Without a `penalty` the first batch tells: at the optimum the gain
@@ -231,7 +239,7 @@ class ReLUTrainee(Trainee):
         pass
 
 
-class TopKTrainee(Trainee):
+class TopKTrainee(SparseTrainee):
     """The k largest pre-activations, if positive."""
 
     def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
@@ -250,7 +258,7 @@ class TopKTrainee(Trainee):
         pass
 
 
-class ThresholdTrainee(Trainee):
+class ThresholdTrainee(SparseTrainee):
     """A threshold for each latent, trained through its logarithm. Amplitude: h itself (JumpReLU), or the rational of h."""
 
     silent: Tensor
@@ -259,8 +267,7 @@ class ThresholdTrainee(Trainee):
         super().__init__(sae, unit, config)
         gate = sae.gate if isinstance(sae, RationalSAE) else None
         threshold = gate.threshold if gate is not None else sae.threshold
-        if not isinstance(threshold, Tensor):
-            raise ValueError("fine-tuning a dense gate is not built yet: use support='hard'")
+        assert isinstance(threshold, Tensor)
         theta = threshold.detach().float() / unit
         self.log_threshold = nn.Parameter(theta.clamp(min=1e-3).log())  # a JumpReLU may have some at 0
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
@@ -270,19 +277,11 @@ class ThresholdTrainee(Trainee):
         if config.objective == "l0":
             self.surrogate = self.surrogate._replace(price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
-        self.gate = copy.deepcopy(gate)
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
-        if self.gate is not None:
-            self.gate.register_parameter("threshold", None)
-            self.log_C_in = nn.Parameter((self.gate.C_in.detach() / unit).log())
-            self.log_C_out = nn.Parameter((self.gate.C_out.detach() / unit).log())
-            self.gate.C_in.requires_grad_(False)
-            self.gate.C_out.requires_grad_(False)
+        self.amplitude = TrainableGate(gate, unit) if gate is not None else None
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        if self.gate is None:
-            return [self.log_threshold]
-        return [self.log_threshold, self.log_C_in, self.log_C_out, self.gate.num_relative, self.gate.den_relative]
+        return [self.log_threshold, *(self.amplitude.trained() if self.amplitude is not None else [])]
 
     def choose(self, h: Tensor) -> sparse.Entries:
         relative = h / self.log_threshold.detach().exp().to(h.dtype)
@@ -297,7 +296,7 @@ class ThresholdTrainee(Trainee):
         threshold = self.log_threshold.exp()[entries.latents]
         if self.follow is not None:
             threshold = threshold * self.follow.squeeze(1)[entries.rows]
-        amplitude = h if self.gate is None else self.gate.amplitude(h, *self._scales(entries))
+        amplitude = h if self.amplitude is None else self.amplitude(h, entries.latents)
         curvature = self.norms.squeeze(1)[entries.latents] ** 2 / entries.shape[0]
         surrogate = self.surrogate
         if surrogate.price is not None:
@@ -306,10 +305,6 @@ class ThresholdTrainee(Trainee):
         self.silent += entries.shape[0]
         self.silent[entries.latents[on]] = 0
         return hard_edge(amplitude, h, threshold, on, surrogate, curvature)
-
-    def _scales(self, entries: sparse.Entries) -> tuple[Tensor, Tensor]:
-        C_in, C_out = self.log_C_in.exp(), self.log_C_out.exp()
-        return (C_in, C_out) if C_in.ndim == 0 else (C_in[entries.latents], C_out[entries.latents])
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -329,15 +324,73 @@ class ThresholdTrainee(Trainee):
 
     def write_gate(self, sae: SAE[Any]) -> None:
         threshold = self.log_threshold.exp() * self.unit
-        if self.gate is None:
+        if self.amplitude is None:
             sae.threshold.data.copy_(threshold)  # type: ignore[union-attr]
-            return
-        gate = copy.deepcopy(self.gate)
-        gate.register_parameter("threshold", nn.Parameter(threshold))
-        gate.C_in = nn.Parameter(self.log_C_in.exp() * self.unit)
-        gate.C_out = nn.Parameter(self.log_C_out.exp() * self.unit)
-        sae.gate = gate
-        sae.sync_config()  # type: ignore[operator]
+        else:
+            self.amplitude.write(sae, self.unit, threshold)
+
+
+class DenseTrainee(Trainee):
+    """The paper's gate: no latent is exactly 0, so everything is dense, and an l1 price is all that keeps latents small."""
+
+    def __init__(self, sae: RationalSAE, unit: float, config: FinetuneConfig) -> None:
+        super().__init__(sae, unit, config)
+        if config.objective != "l1":
+            raise ValueError(
+                f"a dense gate has no zeros to count: use objective 'l1' with a penalty; got {config.objective!r}"
+            )
+        self.amplitude = TrainableGate(sae.gate, unit)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return self.amplitude.trained()
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            h = F.linear(x - self.b_dec if self.subtracts else x, self.W_enc, self.b_enc)
+            z = self.amplitude(h)
+            x_hat = z @ self.W_dec
+        squared_error = (x_hat.float() + self.b_dec - x).square().sum() / len(x)
+        l1 = (z.abs() @ self.norms.to(z.dtype)).float().sum() / len(x)
+        return Step(squared_error + (self.config.penalty or 0.0) * l1, squared_error, (z != 0).sum() / len(x))
+
+    def write_gate(self, sae: SAE[Any]) -> None:
+        self.amplitude.write(sae, self.unit)
+
+
+class TrainableGate(nn.Module):
+    """A rational gate in training units, its scales trained through their logarithms."""
+
+    def __init__(self, gate: RationalGate, unit: float) -> None:
+        super().__init__()
+        self.gate = copy.deepcopy(gate).requires_grad_(False)
+        self.gate.num_relative.requires_grad_(True)
+        self.gate.den_relative.requires_grad_(True)
+        self.log_C_in = nn.Parameter((gate.C_in.detach() / unit).log())
+        self.log_C_out = nn.Parameter((gate.C_out.detach() / unit).log())
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimizer moves."""
+        return [self.log_C_in, self.log_C_out, self.gate.num_relative, self.gate.den_relative]
+
+    def forward(self, h: Float[Tensor, "*batch"], latents: Tensor | None = None) -> Float[Tensor, "*batch"]:
+        """Amplitude of a (batch, d_sae) matrix, or of entries with the indices of their latents."""
+        C_in, C_out = self.log_C_in.exp(), self.log_C_out.exp()
+        if latents is not None and C_in.ndim:
+            C_in, C_out = C_in[latents], C_out[latents]
+        elif latents is None and self.gate.k is not None:
+            tau = sample_scale(h.float(), self.gate.k)
+            C_in, C_out = C_in * tau, C_out * tau
+        return self.gate.amplitude(h, C_in, C_out)
+
+    def write(self, sae: SAE[Any], unit: float, threshold: Tensor | None = None) -> None:
+        """Put the gate, in the host's units, into a RationalSAE."""
+        assert isinstance(sae, RationalSAE)
+        sae.gate = copy.deepcopy(self.gate).requires_grad_(True)
+        sae.gate.C_in = nn.Parameter(self.log_C_in.exp() * unit)
+        sae.gate.C_out = nn.Parameter(self.log_C_out.exp() * unit)
+        if threshold is not None:
+            sae.gate.threshold = nn.Parameter(threshold)
+        sae.sync_config()
 
 
 def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig) -> Trainee:
@@ -349,6 +402,8 @@ def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig) -> Trainee:
         "jumprelu": ThresholdTrainee,
         "rational": ThresholdTrainee,
     }
+    if isinstance(sae, RationalSAE) and sae.gate.support == "dense":
+        return DenseTrainee(sae, unit, config)
     if architecture not in kinds:
         raise ValueError(f"fine-tuning knows {', '.join(kinds)}; this SAE is {architecture!r}")
     return kinds[architecture](sae, unit, config)
@@ -379,7 +434,8 @@ def finetune(
     positive ones: an edge at 0 can learn nothing.
 
     Args:
-        sae: StandardSAE, JumpReLUSAE, TopKSAE or RationalSAE with hard support. Not changed.
+        sae: StandardSAE, JumpReLUSAE, TopKSAE or RationalSAE (a dense gate with the objective "l1", as in the paper). Not
+            changed.
         data: activations to train on.
         held_out: activations on which L0 is measured and matched.
         out: folder for log.jsonl, checkpoint.safetensors (while it runs) and the finished SAELens checkpoint. A run that was
@@ -497,12 +553,11 @@ def _unit(data: Store, config: FinetuneConfig) -> float:
 
 def _with_thresholds(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
     """A rational gate in the form that trains: a positive threshold for each latent, and not the k largest."""
-    if not isinstance(sae, RationalSAE):
+    if not isinstance(sae, RationalSAE) or sae.gate.threshold is None:
         return sae
     sae = copy.deepcopy(sae)
     gate = sae.gate
-    if gate.threshold is None:
-        raise ValueError("fine-tuning a dense gate is not built yet: use support='hard'")
+    assert gate.threshold is not None
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     if gate.k is not None:
         gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0) / gate.threshold.median())

@@ -313,6 +313,9 @@ def _minimax(target: _Target, p: int, q: int) -> _Draft:
         except Failed as reason:
             notes = notes or (f"no optimum of type ({p}, {q}) was found ({reason})",)
             continue
+        for end in (target.domain[0][0], target.domain[-1][1]):
+            if abs(draft.centre - end) < 1e-15 * (target.domain[-1][1] - target.domain[0][0]):
+                draft = replace(draft, centre=end)  # a rounding beside it, A would be negative at the end
         if notes:
             notes += (f"the optimum of type ({a}, {b}) stands in for it",)
             draft = replace(draft, num=_padded(draft.num, p + 1), den=_padded(draft.den, q), notes=notes)

@@ -327,6 +327,8 @@ def _from_lower_degree(problem: Problem) -> Levelled:
             continue
         knots = np.concatenate([[low], x, [high]])
         new = np.concatenate([knots[:-1] + share * np.diff(knots) for share in (0.5, 0.1, 0.9, 0.002, 0.998)])
+        near_ends = (high - low) * np.geomspace(1e-9, 1e-3, 13)  # for a pole just beyond an end
+        new = np.concatenate([new, low + near_ends, high - near_ends])
         for point in np.setdiff1d(new[inside(problem.intervals, new)], x):
             try:
                 return _exchange(problem, np.sort(np.append(x, point)))

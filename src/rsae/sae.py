@@ -81,7 +81,7 @@ class RationalSAE(SAE[RationalSAEConfig]):
             C_in=per_latent if cfg.C_in is None else cfg.C_in,
             C_out=per_latent if cfg.C_out is None else cfg.C_out,
             support=cfg.support,
-            threshold=torch.zeros(cfg.d_sae) if cfg.support == "hard" else None,
+            threshold=None if cfg.support == "dense" else per_latent if cfg.alpha > 0 else torch.zeros(cfg.d_sae),
             k=cfg.k,
             alpha=cfg.alpha,
             device=self.device,
