@@ -264,7 +264,7 @@ def test_pretrained_teachers_are_saelens_own_classes(teachers, data, held_out):
     kinds = {"relu": StandardSAE, "jumprelu": JumpReLUSAE, "topk": TopKSAE}
     for family, sae in teachers.items():
         assert type(sae) is kinds[family]
-        assert fvu(sae, data) < 0.6 * fvu(initial_sae(family, data, d_sae=D_SAE, l0=L0, seed=0), data)
+        assert fvu(sae, data) < 0.8 * fvu(initial_sae(family, data, d_sae=D_SAE, l0=L0, seed=0), data)
         assert mean_l0(sae, [held_out.x]) == pytest.approx(L0, rel=0.02)
 
 

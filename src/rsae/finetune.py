@@ -14,7 +14,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -273,9 +273,9 @@ class ThresholdTrainee(SparseTrainee):
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
         self.surrogate = config.surrogate
         if gate is None:
-            self.surrogate = config.surrogate._replace(kind="rectangle", strength=0.0)
+            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0)
         if config.objective == "l0":
-            self.surrogate = self.surrogate._replace(price=config.penalty)
+            self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         self.amplitude = TrainableGate(gate, unit) if gate is not None else None
@@ -300,7 +300,7 @@ class ThresholdTrainee(SparseTrainee):
         curvature = self.norms.squeeze(1)[entries.latents] ** 2 / entries.shape[0]
         surrogate = self.surrogate
         if surrogate.price is not None:
-            surrogate = surrogate._replace(price=surrogate.price / entries.shape[0])
+            surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
         on = h > threshold.detach()
         self.silent += entries.shape[0]
         self.silent[entries.latents[on]] = 0
@@ -327,7 +327,7 @@ class ThresholdTrainee(SparseTrainee):
         if self.amplitude is None:
             sae.threshold.data.copy_(threshold)  # type: ignore[union-attr]
         else:
-            self.amplitude.write(sae, self.unit, threshold)
+            self.amplitude.write(sae, threshold)
 
 
 class DenseTrainee(Trainee):
@@ -354,7 +354,7 @@ class DenseTrainee(Trainee):
         return Step(squared_error + (self.config.penalty or 0.0) * l1, squared_error, (z != 0).sum() / len(x))
 
     def write_gate(self, sae: SAE[Any]) -> None:
-        self.amplitude.write(sae, self.unit)
+        self.amplitude.write(sae)
 
 
 class TrainableGate(nn.Module):
@@ -365,8 +365,10 @@ class TrainableGate(nn.Module):
         self.gate = copy.deepcopy(gate).requires_grad_(False)
         self.gate.num_relative.requires_grad_(True)
         self.gate.den_relative.requires_grad_(True)
-        self.log_C_in = nn.Parameter((gate.C_in.detach() / unit).log())
-        self.log_C_out = nn.Parameter((gate.C_out.detach() / unit).log())
+        # With k a dense gate's scales multiply each sample's own threshold, and that is what has a unit
+        self.unit = 1.0 if gate.support == "dense" and gate.k is not None else unit
+        self.log_C_in = nn.Parameter((gate.C_in.detach() / self.unit).log())
+        self.log_C_out = nn.Parameter((gate.C_out.detach() / self.unit).log())
 
     def trained(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
@@ -382,12 +384,12 @@ class TrainableGate(nn.Module):
             C_in, C_out = C_in * tau, C_out * tau
         return self.gate.amplitude(h, C_in, C_out)
 
-    def write(self, sae: SAE[Any], unit: float, threshold: Tensor | None = None) -> None:
+    def write(self, sae: SAE[Any], threshold: Tensor | None = None) -> None:
         """Put the gate, in the host's units, into a RationalSAE."""
         assert isinstance(sae, RationalSAE)
         sae.gate = copy.deepcopy(self.gate).requires_grad_(True)
-        sae.gate.C_in = nn.Parameter(self.log_C_in.exp() * unit)
-        sae.gate.C_out = nn.Parameter(self.log_C_out.exp() * unit)
+        sae.gate.C_in = nn.Parameter(self.log_C_in.exp() * self.unit)
+        sae.gate.C_out = nn.Parameter(self.log_C_out.exp() * self.unit)
         if threshold is not None:
             sae.gate.threshold = nn.Parameter(threshold)
         sae.sync_config()

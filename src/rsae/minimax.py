@@ -496,19 +496,20 @@ def save_picture(fit: RationalFit, path: str | Path) -> None:
 
     target = _target(fit.gate, fit.theta, fit.delta, None)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
-    hull = np.linspace(target.domain[0][0], target.domain[-1][1], 2001)
-    figure.add_scatter(x=hull, y=fit(hull), name=f"rational {fit.degree}", line_color="#d1495b", row=1, col=1)
     for low, high in target.domain:
-        crowded = clustered(
-            [(low - target.feature, high - target.feature)], np.linspace(low, high, 1001) - target.feature, 2
-        )
-        t = np.clip(crowded + target.feature, low, high)
-        figure.add_scatter(x=t, y=target.f(t), name=fit.gate, line_color="#30638e", row=1, col=1)
+        interval, uniform = (low - target.feature, high - target.feature), np.linspace(low, high, 1001)
+        t = np.clip(clustered([interval], uniform - target.feature, 2) + target.feature, low, high)
+        figure.add_scatter(x=t, y=target.f(t), name=fit.gate, line={"color": "#9aa5b1", "width": 5}, row=1, col=1)
         figure.add_scatter(x=t, y=target.f(t) - fit(t), name="error", line_color="#30638e", row=2, col=1)
+    hull = np.linspace(target.domain[0][0], target.domain[-1][1], 4001)
+    figure.add_scatter(x=hull, y=fit(hull), name=f"rational {fit.degree}", line_color="#d1495b", row=1, col=1)
     for level in (-fit.max_error, fit.max_error):
         figure.add_hline(y=level, line=go.layout.shape.Line(dash="dot", width=1), row=2, col=1)  # pyright: ignore
     title = f"{fit.gate}, degree {fit.degree}: max error {fit.max_error:.5e}, {fit.alternation} alternations"
-    figure.update_layout(title=title, template="plotly_white", showlegend=False)
+    figure.update_layout(title=title, template="plotly_white", showlegend=False, height=640)
+    figure.update_xaxes(title_text="t", row=2, col=1)
+    figure.update_yaxes(title_text="gate and fit", row=1, col=1)
+    figure.update_yaxes(title_text="gate - fit", exponentformat="e", row=2, col=1)
     with atomic(path) as temporary:
         figure.write_html(temporary, include_plotlyjs=True)
 

@@ -12,7 +12,8 @@ Knows torch and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -168,7 +169,8 @@ def rational(
     return _Rational.apply(h, num_coeffs, den_coeffs, C_in, C_out, centre, scale)  # type: ignore[return-value]
 
 
-class Surrogate(NamedTuple):
+@dataclass(frozen=True)
+class Surrogate:
     """How a gradient is got across the hard edge, where the true one is zero almost everywhere and a jump at the threshold."""
 
     kind: Literal["rectangle", "jump-corrected"] = "jump-corrected"
