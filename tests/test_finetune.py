@@ -253,6 +253,31 @@ def test_d_in_of_sae_and_activations_must_agree(data, held_out):
         finetune(StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)), data, SMALL, held_out=held_out)
 
 
+def test_run_time_normalisation_is_refused(data, held_out):
+    sae = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=16, normalize_activations="layer_norm"))
+    with pytest.raises(ValueError, match="layer_norm"):
+        finetune(sae, data, SMALL, held_out=held_out)
+
+
+def test_a_topk_that_rescales_by_its_decoder_norm(teachers, data, held_out):
+    """With unequal rows it selects by h ||w||; training must go on from the same function."""
+    scaled = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=L0, rescale_acts_by_decoder_norm=True))
+    plain = teachers["topk"]
+    scale = torch.linspace(0.5, 2, D_SAE)
+    with torch.no_grad():
+        scaled.W_enc.copy_(plain.W_enc / scale)
+        scaled.b_enc.copy_(plain.b_enc / scale)
+        scaled.W_dec.copy_(plain.W_dec * scale[:, None])
+        scaled.b_dec.copy_(plain.b_dec)
+    torch.testing.assert_close(scaled(data.x), plain(data.x), rtol=1e-4, atol=1e-3)
+    tiny = replace(SMALL, steps=3, lr=1e-5)
+    torch.testing.assert_close(
+        finetune(scaled, data, tiny, held_out=held_out)(data.x),
+        finetune(plain, data, tiny, held_out=held_out)(data.x),
+        rtol=1e-2, atol=0.3,
+    )  # fmt: skip
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(teachers, held_out):
     broken = MemoryStore(200, seed=0)
     broken.x[5] = float("nan")

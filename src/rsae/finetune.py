@@ -29,7 +29,7 @@ from rsae import sparse
 from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
-from rsae.sae import RationalSAE, save_sae
+from rsae.sae import RationalSAE, save_sae, without_rescaling
 from rsae.teachers import load_teacher
 
 if TYPE_CHECKING:
@@ -452,6 +452,12 @@ def finetune(
     """
     if sae.cfg.d_in != data.d_in:
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
+    if sae.cfg.normalize_activations != "none" or sae.cfg.reshape_activations != "none":
+        raise ValueError(
+            f"fine-tuning takes activations as they are: this SAE has normalize_activations {sae.cfg.normalize_activations!r} "
+            f"and reshape_activations {sae.cfg.reshape_activations!r}; fold the scaling into its weights first "
+            "(SAELens: fold_activation_norm_scaling_factor)"
+        )
     inputs = {
         "config": asdict(config),
         "sae": _hash_of(sae),
@@ -463,7 +469,7 @@ def finetune(
         return finished
     target = config.target_l0 or mean_l0(sae, _activations(held_out))
     unit = _unit(data, config)
-    start = _with_thresholds(sae, data, config, target)
+    start = _ready_to_train(sae, data, config, target)
     trainee = trainee_for(start, unit, config)
     _train(trainee, data, config, target, folder, progress, name)
     result = trainee.export(start)
@@ -553,8 +559,10 @@ def _unit(data: Store, config: FinetuneConfig) -> float:
     return math.sqrt(total / (rows * data.d_in))
 
 
-def _with_thresholds(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
-    """A rational gate in the form that trains: a positive threshold for each latent, and not the k largest."""
+def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
+    """An SAE in the form that trains: a rational gate with a positive threshold for each latent, a TopK with unit rows."""
+    if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
+        return without_rescaling(sae)
     if not isinstance(sae, RationalSAE) or sae.gate.threshold is None:
         return sae
     sae = copy.deepcopy(sae)

@@ -69,7 +69,7 @@ class RationalFit:
     mse: float
     """Mean of (gate - r)^2 over a uniform grid of the domain's hull, points in gaps left out."""
     alternation: int
-    """Number of alternating error extrema that reach max_error, to 1e-6 (q > 12: 1e-4) and the form's rounding."""
+    """Number of alternating error extrema that reach max_error, to 1e-6 (q > 12: 1e-4) and rounding."""
     iterations: int
     """Exchange steps (minimax) or gradient steps (relaxed-remez) of the run that gave this fit."""
     converged: bool
@@ -453,8 +453,8 @@ def _measured(target: _Target, draft: _Draft, degree: tuple[int, int], method: s
     t = np.concatenate([apart(points, interval, corners) for interval in target.domain])
     _, peaks = extrema(error, t, target.domain)
     max_error = float(np.abs(peaks).max())
-    rounding = 8 * np.finfo(np.float64).eps * _magnitude(fit, t)
-    reach = min((1e-6 if q <= 12 else 1e-4) + rounding / max_error, 0.01) if max_error > 0 else 0.0
+    rounding = 32 * float(np.finfo(np.float64).eps * np.abs(target.f(t)).max())
+    reach = min((1e-6 if q <= 12 else 1e-4) + rounding / max_error, 1e-3) if max_error > 0 else 0.0
     alternation = 1 + int(np.count_nonzero(np.diff(np.sign(peaks[np.abs(peaks) >= (1 - reach) * max_error]))))
     uniform = np.linspace(low, high, grid)
     mse = float(np.mean(error(uniform[inside(target.domain, uniform)]) ** 2))
@@ -467,20 +467,12 @@ def _measured(target: _Target, draft: _Draft, degree: tuple[int, int], method: s
         notes.append("the error is not finite")
     elif alternation < needed and max_error > rounding:
         notes.append(f"{alternation} alternating extrema reach the largest error, {needed} would prove the optimum")
-        if max_error < 100 * rounding:
-            notes.append("float64 cannot resolve so small an error: lower the degree")
+        if max_error < 1e7 * rounding:
+            notes.append("float64 hardly resolves so small an error: lower the degree")
     u = (apart(points, (low, high), corners) - fit.centre) / fit.scale
     if (u * _horner(fit.den_coeffs, u)).min() < -1e-12:
         notes.append("the denominator falls below its value at the centre")
     return replace(fit, converged=not notes, notes=draft.notes + tuple(notes) if notes else ())
-
-
-def _magnitude(fit: RationalFit, t: Array) -> float:
-    """The largest sum of |terms| in P(u) - r A(u), over Q(u): how much float64 rounding of P and A weighs in r."""
-    u, r = np.abs((t - fit.centre) / fit.scale), np.abs(fit(t))
-    terms = _horner(np.abs(fit.num_coeffs), u) + r * (1 + u * _horner(np.abs(fit.den_coeffs), u))
-    signed = (t - fit.centre) / fit.scale
-    return float((terms / (1 + np.abs(signed * _horner(fit.den_coeffs, signed)))).max())
 
 
 def save_picture(fit: RationalFit, path: str | Path) -> None:

@@ -208,7 +208,7 @@ class RationalSAE(SAE[RationalSAEConfig]):
                     f"the teacher's {name} holds nan or inf: the checkpoint is damaged or overflowed its dtype"
                 )
         if family == "topk" and teacher.cfg.rescale_acts_by_decoder_norm:
-            teacher = _without_rescaling(teacher)
+            teacher = without_rescaling(teacher)
         if threshold is not None and (family != "topk" or threshold <= 0):
             raise ValueError(f"a threshold is for a TopK teacher, and positive; got {threshold} for a {family} teacher")
         degree = degree or DEFAULT_DEGREE[family]
@@ -294,7 +294,7 @@ def save_sae(sae: SAE[Any], folder: str | Path) -> None:
             os.replace(file, folder / file.name)
 
 
-def _without_rescaling(teacher: SAE[Any]) -> SAE[Any]:
+def without_rescaling(teacher: SAE[Any]) -> SAE[Any]:
     """The same TopK with unit decoder rows, for which rescaling by the decoder norm does nothing."""
     teacher = copy.deepcopy(teacher)
     norms = teacher.W_dec.norm(dim=-1)
