@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/pyright
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.fit
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fit
 	$(BIN)/python -m benchmarks.step
 
 # The pins are a set that is known to work together on a CPU. torch comes first: resolved with the rest, it brings CUDA.
