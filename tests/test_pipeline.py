@@ -90,6 +90,22 @@ def test_a_second_demo_runs_nothing_and_verifies(demo_run, host, text):
     assert calls == []
 
 
+def test_a_killed_demo_ends_with_the_same_weights(demo_run, host, text, tmp_path):
+    def stop(stage, done, total):
+        if stage == "jumprelu rsae" and done == 7:
+            raise KeyboardInterrupt
+
+    arguments = {"host": host, "hook": HOOK, "text": text, "config": CONFIG, "teacher": TEACHER}
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path / "run", **arguments, progress=stop)
+    resumed = demo(tmp_path / "run", **arguments)
+    for family in ("relu", "jumprelu", "topk"):
+        for arm in ("teacher", "control", "init", "rsae"):
+            name = f"{family}/{arm}/sae_weights.safetensors"
+            assert (tmp_path / "run" / name).read_bytes() == (demo_run[0] / name).read_bytes(), name
+        assert resumed[family]["rsae"] == demo_run[1][family]["rsae"]
+
+
 def test_a_changed_file_is_noticed(demo_run, host, text):
     out, _ = demo_run
     file = out / "topk" / "rsae" / "sae_weights.safetensors"

@@ -596,8 +596,9 @@ def _mean_active(sae: SAE[Any], sample: list[Tensor]) -> Tensor:
 
 
 def _hash_of(sae: SAE[Any]) -> str:
-    """Short hash of an SAE's weights and configuration."""
-    digest = hashlib.sha256(json.dumps(sae.cfg.to_dict(), sort_keys=True, default=str).encode())
+    """Short hash of an SAE's weights and of what its configuration says about the function they make."""
+    cfg = {name: value for name, value in sae.cfg.to_dict().items() if name not in ("metadata", "device", "dtype")}
+    digest = hashlib.sha256(json.dumps(cfg, sort_keys=True, default=str).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().contiguous().numpy().data)
