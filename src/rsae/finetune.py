@@ -39,7 +39,7 @@ Objective = Literal["matched-l0", "l0", "l1"]
 
 LOG_EVERY = 10
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
-SILENT_TOKENS = 200_000
+SILENT_TOKENS = 100_000
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
 RELU_START = 0.8
 
@@ -54,8 +54,9 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 4e-4
     """Adam's learning rate of weights and biases."""
-    gate_lr: float = 1e-4
-    """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
+    gate_lr: float | None = None
+    """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit. None: 5e-5
+    for an RSAE from a TopK, whose thresholds are right already, else 3e-4."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""
     decay: float = 0.4
@@ -66,8 +67,9 @@ class FinetuneConfig:
     """For matched-l0; None: the L0 that the SAE has when it comes."""
     penalty: float | None = None
     """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
-    alpha: float = 0.95
-    """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate)."""
+    alpha: float | None = None
+    """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate).
+    None: 0.95 from a TopK, whose own rule is 1, else 0.7."""
     surrogate: Surrogate = field(default_factory=Surrogate)
     """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
     seed: int = 0
@@ -458,6 +460,7 @@ def finetune(
             f"and reshape_activations {sae.cfg.reshape_activations!r}; fold the scaling into its weights first "
             "(SAELens: fold_activation_norm_scaling_factor)"
         )
+    config = _resolved(config, sae)
     inputs = {
         "config": asdict(config),
         "sae": _hash_of(sae),
@@ -559,6 +562,17 @@ def _unit(data: Store, config: FinetuneConfig) -> float:
     return math.sqrt(total / (rows * data.d_in))
 
 
+def _resolved(config: FinetuneConfig, sae: SAE[Any]) -> FinetuneConfig:
+    """The configuration with what depends on the teacher's family filled in."""
+    from_topk = isinstance(sae, RationalSAE) and sae.gate.alpha == 1
+    alpha, gate_lr = (0.95, 5e-5) if from_topk else (0.7, 3e-4)
+    return replace(
+        config,
+        alpha=alpha if config.alpha is None else config.alpha,
+        gate_lr=gate_lr if config.gate_lr is None else config.gate_lr,
+    )
+
+
 def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
     """An SAE in the form that trains: a rational gate with a positive threshold for each latent, a TopK with unit rows."""
     if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
@@ -569,9 +583,8 @@ def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: floa
     gate = sae.gate
     assert gate.threshold is not None
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
-    if gate.k is not None:
+    if gate.alpha == 1:
         gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0) / gate.threshold.median())
-        gate.k, gate.alpha = None, 0.0
     elif not bool((gate.threshold > 0).all()):
         # In proportion to each latent's own size, so that none is silenced; the common factor keeps the larger activations,
         # since what l1 shrank to little more than nothing is what a threshold is there to leave out
@@ -579,7 +592,8 @@ def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: floa
         gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
         gate = match_l0(sae, sample, RELU_START * l0).gate
         sae.gate = gate
-    gate.k, gate.alpha = (max(1, round(l0)), config.alpha) if config.alpha > 0 else (None, 0.0)
+    if gate.alpha in (0, 1):  # what lies between was trained so
+        gate.k, gate.alpha = (max(1, round(l0)), config.alpha) if config.alpha else (None, 0.0)
     sae.sync_config()
     return sae
 
