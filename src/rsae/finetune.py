@@ -590,8 +590,9 @@ def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: floa
         # since what l1 shrank to little more than nothing is what a threshold is there to leave out
         typical = _mean_active(sae, sample)
         gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
-        gate = match_l0(sae, sample, RELU_START * l0).gate
-        sae.gate = gate
+        matched = match_l0(sae, sample, RELU_START * l0)
+        assert isinstance(matched, RationalSAE)
+        sae, gate = matched, matched.gate
     if gate.alpha in (0, 1):  # what lies between was trained so
         gate.k, gate.alpha = (max(1, round(l0)), config.alpha) if config.alpha else (None, 0.0)
     sae.sync_config()
