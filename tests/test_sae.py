@@ -393,6 +393,14 @@ def test_what_the_files_hold(tmp_path, per_latent) -> None:
         assert config["C_in"] == sae.gate.C_in.item() != config["C_out"] == sae.gate.C_out.item()
 
 
+def test_an_unknown_key_of_the_configuration_is_refused(make_teacher, tmp_path) -> None:
+    RationalSAE.from_teacher(make_teacher("jumprelu")).save_model(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"num_coefs": [0.0]}))
+    with pytest.raises(ValueError, match=r"unknown keys \['num_coefs'\]; known are .*'num_coeffs'"):
+        SAE.load_from_disk(tmp_path)
+
+
 def test_save_load_save_is_stable(tmp_path, x) -> None:
     sae = bent("hard", True, None, 0.0)
     sae.save_model(tmp_path / "a")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.polynomial.polynomial import polyval
-from scipy.optimize import least_squares
+from scipy.optimize import brentq, least_squares
 from torch import Tensor
 
 from rsae.rational import RationalGate, sample_scale
@@ -108,7 +108,9 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
 
         min over alpha, c_in, c_out of  sum_t w(t) (c_out r_alpha(t/c_in) - gate(t))^2
 
-    by Levenberg-Marquardt from the min-max fit; gate is the teacher's, ReLU or the jump at the design threshold.
+    by Levenberg-Marquardt from the min-max fit; gate is the teacher's, ReLU or the jump at the design threshold. What a smooth gate
+    lets through just below the edge reconstructs more than it takes away just above, so last the gate is multiplied by the
+    factor (a jump's is stretched, c phi(h/c)) at which the squared error of x_hat on these activations is the teacher's.
 
     Args:
         sae: from `RationalSAE.from_teacher`.
@@ -125,21 +127,61 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
             gate.C_out.fill_(top)
             sae.sync_config()
         return sae
-    family = sae.cfg.metadata.rsae_teacher_architecture
-    if family == "standard":
-        activations = list(activations)
+    activations = list(activations)
+    is_jump = _is_jump(sae)
+    if not is_jump:
         largest = max((float(sae.pre_acts(x).max()) for x in activations), default=1.0)
         gate.C_in.fill_(largest)
         gate.C_out.fill_(largest)
     centres, weights = _histogram(sae, activations)
-    target = centres.clip(0) if family == "standard" else np.where(centres > THETA, centres, 0.0)
+    target = np.where(centres > THETA, centres, 0.0) if is_jump else centres.clip(0)
+    teacher_error = _squared_error(sae, activations, _teacher_latents)
     num, den, c_in, c_out = _least_squares(gate, centres, weights, target)
     gate.num_fit.copy_(torch.from_numpy(num))
     gate.den_fit.copy_(torch.from_numpy(den))
     gate.C_in.mul_(c_in)
     gate.C_out.mul_(c_out)
+    _equalise(sae, activations, teacher_error, stretch=is_jump)
     sae.sync_config()
     return sae
+
+
+def _is_jump(sae: RationalSAE) -> bool:
+    """Whether the gate that was replaced has a jump: all but a ReLU."""
+    return sae.cfg.metadata.rsae_teacher_architecture != "standard"
+
+
+def _teacher_latents(sae: RationalSAE, h: Tensor) -> Tensor:
+    """What a fresh dense gate approximates: h above its edge, which is 0 or the design threshold of its scales; else 0."""
+    if not _is_jump(sae):
+        return h.relu()
+    tau = sample_scale(h, sae.gate.k) if sae.gate.k is not None else torch.ones(())
+    return torch.where(h > THETA * sae.gate.C_in * tau, h, 0.0)
+
+
+def _squared_error(
+    sae: RationalSAE, activations: Activations, latents: Callable[[RationalSAE, Tensor], Tensor]
+) -> float:
+    """Sum of ||x - x_hat||^2 with latents(sae, h) as what is decoded."""
+    return sum(float((sae.decode(latents(sae, sae.pre_acts(x))) - x).double().square().sum()) for x in activations)
+
+
+def _equalise(sae: RationalSAE, activations: Activations, error: float, *, stretch: bool, most: float = 1.1) -> None:
+    """Multiply C_out (to stretch: C_in too) by the factor, from 1/most to most, at which x_hat has that squared error."""
+    gate = sae.gate
+    C_in, C_out = gate.C_in.clone(), gate.C_out.clone()
+
+    def excess(log_factor: float) -> float:
+        gate.C_out.copy_(C_out * math.exp(log_factor))
+        if stretch:
+            gate.C_in.copy_(C_in * math.exp(log_factor))
+        return _squared_error(sae, activations, lambda sae, h: sae.gate(h)) / error - 1
+
+    low, high = -math.log(most), math.log(most)
+    if excess(low) * excess(high) < 0:
+        excess(brentq(excess, low, high, xtol=1e-5, rtol=1e-5))
+    else:  # no factor does it: the least-squares fit stays
+        excess(0.0)
 
 
 def _histogram(sae: RationalSAE, activations: Activations) -> tuple[np.ndarray, np.ndarray]:

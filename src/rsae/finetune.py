@@ -470,7 +470,8 @@ def finetune(
     folder = _Folder(out, inputs) if out is not None else None
     if folder is not None and (finished := folder.finished()) is not None:
         return finished
-    target = config.target_l0 or mean_l0(sae, _activations(held_out))
+    dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"  # its L0 is d_sae, and nothing is steered to it
+    target = config.target_l0 or (float(sae.cfg.d_sae) if dense else mean_l0(sae, _activations(held_out)))
     unit = _unit(data, config)
     start = _ready_to_train(sae, data, config, target)
     trainee = trainee_for(start, unit, config)

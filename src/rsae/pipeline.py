@@ -133,7 +133,6 @@ def upgrade(
             f"the teacher has d_in {loaded.sae.cfg.d_in}, the host {host} has d_model {model.d_model}: "
             "it was trained on another model"
         )
-    ledger.claim()
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
     arms = train_arms(out, loaded.sae, data, config, ledger, progress)
@@ -189,15 +188,13 @@ def demo(
         return {family: read_json(out / family / "metrics.json") for family in families}
     model = load_host(host)
     model.hook_point(hook)
-    ledger.claim()
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
     runs: dict[str, dict[str, SAE[Any]]] = {}
     ledgers: dict[str, Ledger] = {}
     for family in families:
         run = out / family
-        ledgers[family] = Ledger.open(run, {**identity, "family": family}, command)
-        ledgers[family].claim()
+        ledgers[family] = Ledger.open(run, {**identity, "family": family}, command, may_hold=("teacher",))
         with ledgers[family].clock("pretrain"):
             sae = pretrain(
                 family, data.train, teacher, d_sae=DEMO_EXPANSION * data.train.d_in, held_out=data.validation,
@@ -212,6 +209,7 @@ def demo(
     for family in families:
         ledgers[family].seconds = {**ledger.seconds, **ledgers[family].seconds}
         _record(out / family, family, runs[family], results[family], data, config, ledgers[family])
+        ledgers[family].finish()
     write_report([out / family for family in families], out / "report.html")
     ledger.finish()
     return results
@@ -277,8 +275,12 @@ class Ledger:
         self.seconds: dict[str, float] = self.about.get("seconds", {})
 
     @classmethod
-    def open(cls, folder: Path, identity: dict[str, Any], command: str | None) -> Ledger:
+    def open(
+        cls, folder: Path, identity: dict[str, Any], command: str | None, may_hold: Sequence[str] = ("acts",)
+    ) -> Ledger:
         """The folder's ledger if it is of this run, a fresh one for a new or empty folder; nothing is written yet.
+
+        A stage that was killed before the first run.json leaves its own folder, `may_hold`, which checks for itself whose it is.
 
         Raises:
             ValueError: the folder holds another run, something else, or a finished run whose files have changed.
@@ -290,7 +292,7 @@ class Ledger:
                 raise ValueError(
                     f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it"
                 )
-        elif folder.exists() and any(p for p in folder.iterdir() if p.name not in ("teacher", "acts")):
+        elif folder.exists() and any(p for p in folder.iterdir() if p.name not in may_hold):
             raise ValueError(f"{folder} is not empty and holds no run of rsae: choose another --out")
         ledger = cls(folder, identity, command, found)
         for name, digest in found.get("files", {}).items():
@@ -305,19 +307,13 @@ class Ledger:
         """Whether the run has ended and its files are as it left them."""
         return bool(self.about["done"])
 
-    def claim(self) -> None:
-        """Make the folder this run's."""
-        self.write()
-
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Add the time of a stage to those of the run."""
+        """Add the time of a stage to those of the run, when it has ended well."""
         began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 1)
-            self.write()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 1)
+        self.write()
 
     def write(self, **more: Any) -> None:
         """Write run.json."""
@@ -366,7 +362,6 @@ def _record(
             "evaluation": metrics["teacher"]["n_tokens"],
         },
         finetune=asdict(config.finetune),
-        done=True,
     )
 
 

@@ -10,7 +10,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, register_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from rsae.minimax import RationalFit, fit_gate
 from rsae.rational import RationalGate, Support
@@ -55,6 +56,14 @@ class RationalSAEConfig(SAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return "rational"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Self:
+        """As SAELens reads cfg.json, but with a ValueError for a key that it would drop in silence."""
+        known = {f.name for f in fields(cls)} | {"architecture", "finetuning_scaling_factor"}
+        if unknown := sorted(set(config_dict) - known):
+            raise ValueError(f"cfg.json of a rational SAE has unknown keys {unknown}; known are {sorted(known)}")
+        return super().from_dict(config_dict)
 
 
 class RationalSAE(SAE[RationalSAEConfig]):
