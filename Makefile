@@ -23,10 +23,11 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.step
 
 # The pins are a set that is known to work together on a CPU. torch comes first: resolved with the rest, it brings CUDA.
-.venv/installed: pyproject.toml constraints/cpu.txt
+.venv/installed: pyproject.toml constraints/cpu.txt constraints/peers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints/cpu.txt torch
 	$(BIN)/pip install -q -c constraints/cpu.txt -e ".[demo,dev]"
+	$(BIN)/pip install -q --no-deps -r constraints/peers.txt
 	touch $@
 
 clean:

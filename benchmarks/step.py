@@ -18,7 +18,7 @@ import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from rsae.cli import _keep_pages
+from rsae.allocator import keep_pages
 from rsae.finetune import FinetuneConfig, trainee_for
 from rsae.pretrain import initial_sae
 from rsae.sae import RationalSAE
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
-    _keep_pages()
+    keep_pages()
     x = torch.randn(BATCH, D_IN)
     ms = {
         "rsae": median_ms(ours(x)),

@@ -13,17 +13,27 @@ D_IN, D_SAE, K = 12, 40, 5
 
 @pytest.fixture
 def make_teacher() -> Callable[..., Any]:
-    """make_teacher("standard" | "jumprelu" | "topk", **config): every weight random, decoder rows of norm 0.3 to 3.
+    """make_teacher("standard" | "jumprelu" | "topk" | "gated", **config): every weight random, decoder rows of norm 0.3 to 3.
 
     A JumpReLU's thresholds lie between 0.05 and 1.5, but for six of 0 and one of -1 (the mark of one never calibrated).
     """
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+    from sae_lens import (
+        GatedSAE,
+        GatedSAEConfig,
+        JumpReLUSAE,
+        JumpReLUSAEConfig,
+        StandardSAE,
+        StandardSAEConfig,
+        TopKSAE,
+        TopKSAEConfig,
+    )
     from sae_lens.saes.sae import SAEMetadata
 
     classes = {
         "standard": (StandardSAE, StandardSAEConfig),
         "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig),
         "topk": (TopKSAE, TopKSAEConfig),
+        "gated": (GatedSAE, GatedSAEConfig),
     }
 
     def make(family: str, *, seed: int = 0, **config: Any) -> Any:
@@ -38,7 +48,9 @@ def make_teacher() -> Callable[..., Any]:
         d_in, d_sae = sae.W_enc.shape
         with torch.no_grad():
             sae.W_enc.copy_(torch.randn(d_in, d_sae, generator=g) / d_in**0.5)
-            sae.b_enc.copy_(0.3 * torch.randn(d_sae, generator=g))
+            biases = ("b_gate", "b_mag", "r_mag") if family == "gated" else ("b_enc",)
+            for name in biases:
+                sae.get_parameter(name).copy_(0.3 * torch.randn(d_sae, generator=g))
             sae.b_dec.copy_(0.5 * torch.randn(d_in, generator=g))
             rows = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g), dim=1)
             sae.W_dec.copy_(rows * torch.empty(d_sae, 1).uniform_(0.3, 3.0, generator=g))

@@ -7,9 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    SAE,
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
 
-from rsae.calibrate import calibrate, mean_l0
+from rsae.calibrate import calibrate, match_l0, mean_l0
 from rsae.finetune import FinetuneConfig, finetune, schedule, trainee_for
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
@@ -253,10 +263,91 @@ def test_d_in_of_sae_and_activations_must_agree(data, held_out):
         finetune(StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)), data, SMALL, held_out=held_out)
 
 
-def test_run_time_normalisation_is_refused(data, held_out):
-    sae = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=16, normalize_activations="layer_norm"))
-    with pytest.raises(ValueError, match="layer_norm"):
+@pytest.mark.parametrize(
+    "change", [{"normalize_activations": "expected_average_only_in"}, {"reshape_activations": "hook_z"}]
+)
+def test_inputs_that_are_not_those_of_the_store_are_refused(data, held_out, change):
+    sae = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=16))
+    for name, value in change.items():
+        setattr(sae.cfg, name, value)
+    with pytest.raises(ValueError, match=next(iter(change.values()))):
         finetune(sae, data, SMALL, held_out=held_out)
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("family", ["relu", "topk", "rational"])
+def test_normalised_inputs(teachers, data, held_out, monkeypatch, normalize, family):
+    """The loss is that of the SAE as SAELens runs it, in the units of the activations; and training lowers it."""
+    sae = copy.deepcopy(teachers["topk" if family == "rational" else family])
+    sae.cfg.normalize_activations = normalize
+    sae = type(sae)(sae.cfg)
+    start = initial_sae("relu" if family == "relu" else "topk", data, d_sae=D_SAE, l0=L0, seed=3)
+    with torch.no_grad():
+        sae.load_state_dict(start.state_dict())
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    sae = calibrate(RationalSAE.from_teacher(sae), [data.x]) if family == "rational" else sae
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+        trainee = trainee_for(sae, 7.0, replace(SMALL, penalty=0.0 if family == "relu" else None))
+        error = trainee(trainee.inputs(data.x[:200])).squared_error * 7.0**2
+    with torch.no_grad():
+        expected = (sae(data.x[:200]) - data.x[:200]).square().sum() / 200
+    torch.testing.assert_close(error, expected, rtol=1e-4, atol=0.0)
+    trained = finetune(sae, data, replace(SMALL, steps=60, target_l0=float(L0)), held_out=held_out)
+    assert trained.cfg.normalize_activations == normalize
+    assert fvu(trained, held_out) < 0.8 * fvu(sae, held_out)
+
+
+def gated_teacher(data):
+    """A gated SAE with some structure: the directions of a random one, its gate open for a tenth of the latents."""
+    sae = GatedSAE(GatedSAEConfig(d_in=D_IN, d_sae=D_SAE))
+    generator = torch.Generator().manual_seed(5)
+    start = initial_sae("relu", data, d_sae=D_SAE, l0=L0, seed=2)
+    with torch.no_grad():
+        for name in ("W_enc", "W_dec", "b_dec"):
+            sae.get_parameter(name).copy_(start.get_parameter(name))
+        sae.r_mag.uniform_(-0.4, 0.4, generator=generator)
+        sae.b_gate.copy_(start.b_enc + torch.rand(D_SAE, generator=generator))
+        sae.b_mag.copy_(start.b_enc + 2 * torch.rand(D_SAE, generator=generator))
+    return sae
+
+
+def test_a_gated_sae_trains_as_itself(data, held_out):
+    sae = gated_teacher(data)
+    trained = finetune(sae, data, replace(SMALL, steps=100, target_l0=float(L0)), held_out=held_out)
+    assert type(trained) is GatedSAE
+    assert mean_l0(trained, [held_out.x]) == pytest.approx(L0, rel=0.01)
+    for name in ("W_enc", "W_dec", "b_gate", "b_mag", "r_mag"):
+        assert not torch.equal(trained.get_parameter(name), sae.get_parameter(name)), name
+    matched = match_l0(sae, [held_out.x], L0)
+    assert fvu(trained, held_out) < 0.8 * fvu(matched, held_out)
+
+
+def test_the_gated_loss_is_the_paper_s(data, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    sae, x = gated_teacher(data), data.x[:64]
+    trainee = trainee_for(sae, 10.0, replace(SMALL, penalty=0.3))
+    result = trainee(trainee.inputs(x))
+    result.loss.backward()
+    names = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
+    w = {name: sae.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    projection = (x - w["b_dec"]) @ w["W_enc"]
+    opening = projection + w["b_gate"]
+    passing = (projection * w["r_mag"].exp() + w["b_mag"]).relu()
+    z = torch.where(opening > 0, passing, 0.0)
+    norms = w["W_dec"].detach().norm(dim=1)
+    auxiliary = opening.relu() @ w["W_dec"].detach() + w["b_dec"].detach() - x
+    loss = (z @ w["W_dec"] + w["b_dec"] - x).square().sum() + auxiliary.square().sum()
+    loss = (loss / 100 + 0.3 * (opening.relu() * norms).sum() / 10) / 64
+    loss.backward()
+    torch.testing.assert_close(result.loss, loss, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(result.l0, (z != 0).sum() / 64)
+    ours = {"W_enc": trainee.W_enc.grad.T, "b_gate": trainee.b_enc.grad / 10, "b_mag": trainee.b_mag.grad / 10}
+    ours |= {"r_mag": trainee.r_mag.grad, "W_dec": trainee.W_dec.grad, "b_dec": trainee.b_dec.grad / 10}
+    for name, gradient in ours.items():
+        error = (gradient - w[name].grad).norm() / w[name].grad.norm()
+        assert error < 1e-4, (name, error)
 
 
 def test_a_topk_that_rescales_by_its_decoder_norm(teachers, data, held_out):
@@ -302,7 +393,7 @@ def test_pretrain_refuses():
 
 def test_other_architectures_are_named(data, held_out):
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=8))
-    sae.cfg.__class__ = type("Other", (type(sae.cfg),), {"architecture": classmethod(lambda cls: "gated")})
-    with pytest.raises(ValueError, match="'gated'"):
+    sae.cfg.__class__ = type("Other", (type(sae.cfg),), {"architecture": classmethod(lambda cls: "other")})
+    with pytest.raises(ValueError, match="'other'"):
         trainee_for(sae, 1.0, SMALL)
     assert isinstance(TopKSAE(TopKSAEConfig(d_in=2, d_sae=4, k=1)), TopKSAE)

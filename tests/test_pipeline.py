@@ -10,6 +10,7 @@ from tiny_host import save_tiny
 
 from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
+from rsae.hosts import load_host
 from rsae.pipeline import ARMS, UpgradeConfig, demo, upgrade
 
 HOOK = "blocks.1.hook_resid_post"
@@ -120,19 +121,33 @@ def test_a_changed_file_is_noticed(demo_run, host, text):
 
 def test_upgrade_a_saelens_checkpoint_and_resume_after_a_kill(demo_run, host, text, tmp_path):
     teacher = demo_run[0] / "jumprelu" / "teacher"
-    whole = upgrade(teacher, host, HOOK, text, tmp_path / "whole", config=CONFIG)
+    whole = upgrade(
+        teacher, host, HOOK, text, tmp_path / "whole", config=CONFIG, trust=True
+    )  # 20 steps make no good SAE
 
     def stop(stage, done, total):
         if "rsae" in stage and done == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        upgrade(teacher, host, HOOK, text, tmp_path / "killed", config=CONFIG, progress=stop)
+        upgrade(teacher, host, HOOK, text, tmp_path / "killed", config=CONFIG, trust=True, progress=stop)
     resumed = upgrade(teacher, host, HOOK, text, tmp_path / "killed", config=CONFIG)
     weights = [(tmp_path / run / "rsae" / "sae_weights.safetensors").read_bytes() for run in ("whole", "killed")]
     assert weights[0] == weights[1]
     assert resumed["rsae"]["fvu"] == whole["rsae"]["fvu"]
     assert (tmp_path / "killed" / "report.html").exists()
+    assert read_json(tmp_path / "killed" / "preflight.json")["fingerprint"]
+
+
+def test_an_rsae_continues(demo_run, host, text, tmp_path):
+    start = demo_run[0] / "topk" / "rsae"
+    metrics = upgrade(start, host, HOOK, text, tmp_path / "run", config=CONFIG, trust=True)
+    saes = {arm: SAE.load_from_disk(tmp_path / "run" / arm) for arm in ARMS}
+    assert all(sae.cfg.architecture() == "rational" for sae in saes.values())
+    assert metrics["init"]["fvu"] == metrics["teacher"]["fvu"]
+    assert torch.equal(saes["control"].gate.num_coeffs, saes["teacher"].gate.num_coeffs)
+    assert not torch.equal(saes["rsae"].gate.num_coeffs, saes["teacher"].gate.num_coeffs)
+    assert not torch.equal(saes["control"].W_dec, saes["teacher"].W_dec)
 
 
 class TestRefusals:
@@ -166,8 +181,12 @@ class TestRefusals:
     def test_teacher(self, host, text, tmp_path):
         self.refused("neither a folder", tmp_path / "none", host, HOOK, text, out=tmp_path / "o")
 
-    def test_an_rsae_is_not_a_teacher(self, demo_run, host, text, tmp_path):
-        self.refused("rational SAE already", demo_run[0] / "topk" / "rsae", host, HOOK, text, out=tmp_path / "o")
+    def test_a_teacher_that_declares_the_wrong_convention(self, host, text, tmp_path):
+        from test_preflight import near_identity
+
+        near_identity(load_host(host), subtracts=True, declared=False).save_model(tmp_path / "teacher")
+        message = "does not read as it declares: b_dec before the encoder: read as 'not subtracted'.*--trust"
+        self.refused(message, tmp_path / "teacher", host, HOOK, text, out=tmp_path / "o")
 
     def test_another_run_in_the_folder(self, demo_run, host, text):
         out = demo_run[0]

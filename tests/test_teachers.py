@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import D_IN, D_SAE
+from conftest import D_IN, D_SAE, K
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import load_file, save_file
 
 from rsae.sae import RationalSAE
 from rsae.teachers import load_teacher
 
-FAMILIES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk"}
+FAMILIES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
 
 
 @pytest.fixture
@@ -51,6 +58,7 @@ def test_every_family(make_teacher, x, tmp_path, architecture, as_text) -> None:
         assert torch.equal(teacher.sae(x), sae(x))
     assert teacher.conventions == {
         "source": str(tmp_path),
+        "format": "SAELens",
         "architecture": architecture,
         "d_in": D_IN,
         "d_sae": D_SAE,
@@ -58,10 +66,13 @@ def test_every_family(make_teacher, x, tmp_path, architecture, as_text) -> None:
         "normalize_activations": "layer_norm",
         "hook_name": "blocks.1.hook_resid_post",
         "model_name": "tiny",
+        "prepend_bos": True,
+        "dtype": "float32",
+        "decided": {"conventions": "cfg.json, as SAELens reads it"},
     }
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
 def test_a_rational_is_a_teacher_too(make_teacher, x, tmp_path, architecture) -> None:
     sae = RationalSAE.from_teacher(make_teacher(architecture))
     sae.save_model(tmp_path)
@@ -148,13 +159,13 @@ def test_config_in_another_encoding(folder) -> None:
     assert f"{folder}/cfg.json" in refusal(folder)
 
 
-@pytest.mark.parametrize("architecture", ["gated", "transcoder", "no-such"])
+@pytest.mark.parametrize("architecture", ["abstopk", "transcoder", "no-such"])
 def test_unknown_architecture(folder, architecture) -> None:
     edit_config(folder, architecture=architecture)
     message = refusal(folder)
     assert f"{folder}/cfg.json" in message
     assert repr(architecture) in message
-    assert "standard, jumprelu, topk" in message
+    assert "standard, jumprelu, topk, gated, rational, batchtopk, matryoshka_batchtopk" in message
 
 
 @pytest.mark.parametrize("key", ["d_in", "d_sae"])
@@ -235,6 +246,14 @@ def test_a_gate_whose_scale_is_not_positive(make_teacher, tmp_path, changes) -> 
     assert f"{next(iter(changes))} must be positive" in message
 
 
+def test_an_unknown_key_of_a_rational_configuration(make_teacher, tmp_path) -> None:
+    RationalSAE.from_teacher(make_teacher("jumprelu")).save_model(tmp_path)
+    edit_config(tmp_path, num_coefs=[0.0])
+    message = refusal(tmp_path)
+    assert "unknown keys ['num_coefs']" in message
+    assert "'num_coeffs'" in message
+
+
 # -- the hub -----------------------------------------------------------------------------------------------------------
 
 
@@ -277,21 +296,143 @@ def test_no_such_release(offline) -> None:
     assert "no-such-release" in refusal("no-such-release:layer")
 
 
-@pytest.mark.parametrize("architecture", ["gated", "no-such"])
-def test_unknown_architecture_on_the_hub(folder, offline, architecture) -> None:
-    edit_config(folder, architecture=architecture)
-    if architecture == "gated":
-        edit_weights(
-            folder,
-            lambda w: (
-                [w.pop("threshold"), w.pop("b_enc")]
-                and w.update({name: torch.zeros(D_SAE) for name in ("b_gate", "r_mag", "b_mag")})
-            ),
-        )
+def test_unknown_architecture_on_the_hub(folder, offline) -> None:
+    edit_config(folder, architecture="no-such")
     put_on_hub(offline, folder)
-    message = refusal("org/repo:layer")
-    assert repr(architecture) in message
-    assert "org/repo:layer" in message
+    assert "'no-such'" in refusal("org/repo:layer")
+
+
+def test_the_whole_of_a_repository_on_the_hub(folder, offline, make_teacher, x) -> None:
+    put_on_hub(offline, folder)
+    layer = offline / "models--org--repo" / "snapshots" / ("0" * 40) / "layer"
+    for file in layer.iterdir():
+        file.rename(layer.parent / file.name)
+    layer.rmdir()
+    with torch.no_grad():
+        assert torch.equal(load_teacher("org/repo").sae(x), make_teacher("jumprelu")(x))
+
+
+def test_nothing_at_that_path_of_the_repository(folder, offline) -> None:
+    put_on_hub(offline, folder)
+    assert "holds nothing at 'other'" in refusal("org/repo:other")
+
+
+def test_a_release_of_saelens_list(folder, offline, make_teacher, x) -> None:
+    """By release and SAE id, with the files where the hub's client would have put them."""
+    release, sae_id = "gpt2-small-res-jb", "blocks.0.hook_resid_pre"
+    entry = get_pretrained_saes_directory()[release]
+    root = offline / f"models--{entry.repo_id.replace('/', '--')}"
+    snapshot = root / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0" * 40)
+    folder.rename(snapshot / entry.saes_map[sae_id])
+    teacher = load_teacher(f"{release}:{sae_id}")
+    assert release in teacher.conventions["decided"]["conventions"]
+    with torch.no_grad():
+        assert torch.equal(teacher.sae(x), make_teacher("jumprelu")(x))
+
+
+def test_an_sae_that_the_release_does_not_have(offline) -> None:
+    message = refusal("gpt2-small-res-jb:blocks.0.hook_resid_pr")
+    assert "blocks.0.hook_resid_pre" in message
+
+
+# -- SAELens' other layouts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_layout_before_version_6(make_teacher, x, tmp_path, architecture) -> None:
+    sae = make_teacher(architecture, apply_b_dec_to_input=False)
+    sae.save_model(tmp_path)
+    old = {
+        "architecture": "standard" if architecture == "topk" else architecture,
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "dtype": "float32",
+        "device": "cpu",
+        "model_name": "tiny",
+        "hook_point": "blocks.1.hook_resid_post",
+        "activation_fn_str": "topk" if architecture == "topk" else "relu",
+        "activation_fn_kwargs": {"k": K} if architecture == "topk" else {},
+        "apply_b_dec_to_input": False,
+        "normalize_activations": False,
+        "prepend_bos": True,
+    }
+    (tmp_path / "cfg.json").write_text(json.dumps(old))
+    teacher = load_teacher(tmp_path)
+    assert type(teacher.sae) is type(sae)
+    assert teacher.conventions["hook_name"] == "blocks.1.hook_resid_post"
+    with torch.no_grad():
+        assert torch.equal(teacher.sae(x), sae(x))
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("saved", ["as inference", "as training"])
+def test_batch_topk(x, tmp_path, kind, rescale, saved) -> None:
+    """Both checkpoints of a BatchTopK run: latents are those of the training class that are above its learnt threshold."""
+    classes = {
+        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {}),
+        "matryoshka_batchtopk": (
+            MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig, {"matryoshka_widths": [16, D_SAE]},
+        ),
+    }  # fmt: skip
+    sae_class, config_class, more = classes[kind]
+    sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, k=K, rescale_acts_by_decoder_norm=rescale, **more))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            parameter = sae.get_parameter(name)
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=g))
+        sae.topk_threshold.fill_(1.3)
+        hidden = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+        norms = sae.W_dec.norm(dim=1)
+        hidden = hidden * norms if rescale else hidden
+        expected = torch.where(hidden > 1.3, hidden, 0.0)
+        x_hat = (expected / norms if rescale else expected) @ sae.W_dec + sae.b_dec
+        (sae.save_inference_model if saved == "as inference" else sae.save_model)(tmp_path)
+        teacher = load_teacher(tmp_path)
+        assert teacher.family == "jumprelu"
+        assert 0.05 < (expected != 0).float().mean() < 0.5
+        torch.testing.assert_close(teacher.sae.encode(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(teacher.sae(x), x_hat, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_topk_by_h_times_the_decoder_norm(make_teacher, x, tmp_path, rescale) -> None:
+    sae = make_teacher("topk", rescale_acts_by_decoder_norm=rescale)
+    sae.save_model(tmp_path)
+    with torch.no_grad():
+        h = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        h = h * sae.W_dec.norm(dim=1) if rescale else h
+        top = h.topk(K, dim=1)
+        z = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
+        torch.testing.assert_close(load_teacher(tmp_path).sae.encode(x), z)
+
+
+def test_the_dtype_that_weights_are_stored_in_is_told(make_teacher, tmp_path) -> None:
+    make_teacher("standard").to(torch.bfloat16).save_model(tmp_path)
+    assert load_teacher(tmp_path).conventions["dtype"] == "bfloat16"
+
+
+def test_float16_overflow_is_named(folder) -> None:
+    def to_half(weights):
+        for name, tensor in list(weights.items()):
+            weights[name] = tensor.half()
+        weights["W_dec"][0, 0] = 1e6
+
+    edit_weights(folder, to_half)
+    message = refusal(folder)
+    assert "W_dec holds 1 nan or inf" in message
+    assert "float16" in message
+
+
+def test_a_folder_of_no_known_format(tmp_path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    message = refusal(tmp_path)
+    assert "found: model.bin" in message
+    assert "rsae.yaml" in message
 
 
 def test_damage_on_the_hub(folder, offline) -> None:

@@ -15,7 +15,7 @@ from scipy.optimize import brentq, least_squares
 from torch import Tensor
 
 from rsae.rational import RationalGate, sample_scale
-from rsae.sae import THETA, RationalSAE
+from rsae.sae import THETA, RationalSAE, as_jumprelu
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -25,8 +25,9 @@ Activations = Iterable[Float[Tensor, "batch d_in"]]
 
 @torch.no_grad()
 def pre_acts(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-    """Pre-activations W_enc^T (x - b_dec) + b_enc of any SAELens SAE, in its own conventions."""
-    return sae.process_sae_in(x) @ sae.W_enc + sae.b_enc  # type: ignore[operator]
+    """Pre-activations W_enc^T (x - b_dec) + b_enc of any SAELens SAE, in its own conventions; of a gated one, its gating path's."""
+    bias = sae.get_parameter("b_gate" if sae.cfg.architecture() == "gated" else "b_enc")
+    return sae.process_sae_in(x) @ sae.W_enc + bias
 
 
 @torch.no_grad()
@@ -64,8 +65,8 @@ def calibrate_threshold(teacher: SAE[Any], activations: Activations, l0: float |
 def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     """A copy of `sae` whose mean L0 on `activations` is `l0`, by the one number its family leaves open.
 
-    Thresholds (JumpReLU, rational with hard support) are multiplied by a common factor; a ReLU's b_enc gets a common shift; a
-    TopK is left as it is. Meant for the last per cent, after training has steered L0 close.
+    Thresholds (JumpReLU, rational with hard support) are multiplied by a common factor; a ReLU's b_enc and a gated SAE's b_gate get
+    a common shift; a TopK is left as it is. Meant for the last per cent, after training has steered L0 close.
     """
     sae = copy.deepcopy(sae)
     architecture = sae.cfg.architecture()
@@ -82,6 +83,9 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     for x in activations:
         h = pre_acts(sae, x)
         tokens += len(x)
+        if architecture == "gated":  # an open gate lets nothing through where the magnitude is not positive
+            magnitude = (h - sae.b_gate) * sae.r_mag.exp() + sae.b_mag  # type: ignore[operator]
+            h = torch.where(magnitude > 0, h, -torch.inf)
         if threshold is not None:
             h = h / (gate.sample_threshold(h) if gate is not None else threshold).clamp(min=1e-12)
         keep = min(math.ceil(4 * l0) + 1, sae.cfg.d_sae)
@@ -89,7 +93,7 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     _require(tokens)
     edge = _value_at_rank(torch.cat(near), round(l0 * tokens))
     if threshold is None:
-        sae.b_enc.data.sub_(edge)  # type: ignore[union-attr, operator]
+        sae.get_parameter("b_gate" if architecture == "gated" else "b_enc").data.sub_(edge)
     else:
         # theta -> c theta moves theta s^alpha by c^(1 - alpha)
         threshold.data.mul_(edge ** (1 / (1 - alpha)))
@@ -166,7 +170,7 @@ def _squared_error(
     return sum(float((sae.decode(latents(sae, sae.pre_acts(x))) - x).double().square().sum()) for x in activations)
 
 
-def _equalise(sae: RationalSAE, activations: Activations, error: float, *, stretch: bool, most: float = 1.1) -> None:
+def _equalise(sae: RationalSAE, activations: Activations, error: float, *, stretch: bool, most: float = 1.02) -> None:
     """Multiply C_out (to stretch: C_in too) by the factor, from 1/most to most, at which x_hat has that squared error."""
     gate = sae.gate
     C_in, C_out = gate.C_in.clone(), gate.C_out.clone()
@@ -179,7 +183,7 @@ def _equalise(sae: RationalSAE, activations: Activations, error: float, *, stret
 
     low, high = -math.log(most), math.log(most)
     if excess(low) * excess(high) < 0:
-        excess(brentq(excess, low, high, xtol=1e-5, rtol=1e-5))
+        excess(float(brentq(excess, low, high, xtol=1e-5)))  # type: ignore[arg-type]
     else:  # no factor does it: the least-squares fit stays
         excess(0.0)
 
@@ -240,6 +244,8 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
     none, the median active pre-activation). Gates with scales for each latent are drawn at their median latent.
     """
     teacher = arms["teacher"]
+    if teacher.cfg.architecture() == "gated":
+        teacher = as_jumprelu(teacher)
     h = pre_acts(teacher, x)
     family = teacher.cfg.architecture()
     if family == "jumprelu":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +39,12 @@ Hook = Annotated[
 ]
 Text = Annotated[
     str, typer.Option("--text", help="package:sae-probes, a file or folder of text, or hf:DATASET[SPLIT].")
+]
+Teacher = Annotated[
+    str,
+    typer.Argument(
+        help="Checkpoint of any known format: a folder or file, RELEASE:SAE_ID, or OWNER/REPO:PATH on the hub."
+    ),
 ]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps of each fine-tuned arm.")]
 Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
@@ -96,11 +102,14 @@ def demo(
 
 @app.command()
 def upgrade(
-    teacher: Annotated[str, typer.Argument(help="SAELens checkpoint folder, or RELEASE:SAE_ID from the hub.")],
+    teacher: Teacher,
     host: Host,
     hook: Hook,
     text: Text,
     out: Out,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Go on although another reading of the teacher is clearly better.")
+    ] = False,
     train_tokens: Annotated[int, typer.Option(help="Activations harvested to train on.")] = 1_000_000,
     evaluation_tokens: Annotated[int, typer.Option(help="Held-out tokens that the arms are compared on.")] = 200_000,
     steps: Steps = 600,
@@ -121,9 +130,32 @@ def upgrade(
             evaluation_tokens=evaluation_tokens,
             finetune=FinetuneConfig(steps=steps, seed=seed),
         )
-        metrics = run(teacher, host, hook, text, out, config=config, progress=progress, command=_command())
+        metrics = run(teacher, host, hook, text, out, config=config, trust=trust, progress=progress, command=_command())
     _print_table(metrics, title="RSAE against its equal-compute control")
     print(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def inspect(
+    teacher: Teacher,
+    host: Host,
+    hook: Hook,
+    text: Text,
+    out: Out = Path("inspect"),
+    tokens: Annotated[int, typer.Option(help="Tokens that the conventions are tested on.")] = 16_384,
+) -> None:
+    """Say how a teacher is read, and test on real activations whether another reading fits better. Writes preflight.json."""
+    with _work() as progress:
+        from rsae.hosts import load_host
+        from rsae.preflight import preflight
+        from rsae.teachers import load_teacher
+
+        loaded = load_teacher(teacher)
+        found = preflight(
+            loaded, load_host(host), hook, text, tokens=tokens, out=out / "preflight.json", progress=progress
+        )
+    _print_preflight(found)
+    print(f"written: {out / 'preflight.json'}")
 
 
 @app.command()
@@ -174,7 +206,7 @@ def pretrain(
 
 @app.command()
 def init(
-    teacher: Annotated[str, typer.Argument(help="SAELens checkpoint folder, or RELEASE:SAE_ID from the hub.")],
+    teacher: Teacher,
     acts: Annotated[Path, typer.Option(help="Activations to calibrate on (from rsae harvest).")],
     out: Out,
     support: Annotated[Literal["hard", "dense"], typer.Option(help="hard: exact zeros; dense: the paper's.")] = "hard",
@@ -297,7 +329,7 @@ def fit(
 
 @contextmanager
 def _work() -> Iterator[Any]:
-    """Progress bars with rate and ETA on stderr while a stage works."""
+    """Progress on stderr while a stage works: bars with rate and ETA, or a line now and then where there is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -308,8 +340,11 @@ def _work() -> Iterator[Any]:
         TimeRemainingColumn,
     )
 
-    _keep_pages()
     _quiet()
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines
+        return
     columns = (
         TextColumn("{task.description:<18}"),
         BarColumn(),
@@ -318,7 +353,6 @@ def _work() -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 
@@ -326,22 +360,36 @@ def _work() -> Iterator[Any]:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, rate="")
             task = bars.tasks[bars.task_ids.index(tasks[stage])]
-            speed = done / task.elapsed if task.elapsed else 0.0
-            bars.update(tasks[stage], completed=done, rate=f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s")
+            bars.update(tasks[stage], completed=done, rate=_rate(done, task.elapsed or 0.0))
 
         yield progress
 
 
-def _keep_pages() -> None:
-    """Have glibc keep freed memory: mapping fresh pages for every large tensor costs up to half of a step on CPU."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(M_MMAP_MAX, 0)
-            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        except (OSError, AttributeError):  # another C library: slower, and right all the same
-            pass
+LINE_EVERY_S = 30.0
+
+
+def _lines(
+    stage: str,
+    done: int,
+    total: int,
+    seen: dict[str, tuple[float, float, int]] = {},  # noqa: B006 - kept between calls
+) -> None:
+    """A line when a stage begins, every LINE_EVERY_S seconds, and when it ends."""
+    now = time.monotonic()
+    began, last, first = seen.get(stage, (now, -LINE_EVERY_S, done))
+    if done < total and stage in seen and now - last < LINE_EVERY_S:
+        return
+    seen[stage] = (began, now, first)
+    rate = (done - first) / (now - began) if now > began else 0.0
+    left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
+    print(
+        f"{stage}: {done:,} of {total:,} {_rate(done - first, now - began)}{left}".rstrip(), file=sys.stderr, flush=True
+    )
+
+
+def _rate(done: int, seconds: float) -> str:
+    speed = done / seconds if seconds else 0.0
+    return f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s" if speed else ""
 
 
 def _quiet() -> None:
@@ -356,6 +404,41 @@ def _quiet() -> None:
 
 def _command() -> str:
     return shlex.join(["rsae", *sys.argv[1:]])
+
+
+def _print_preflight(found: dict[str, Any]) -> None:
+    """What a teacher is, and how well each reading of it reconstructs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    conventions, metrics = found["conventions"], found["metrics"]
+    console.print(f"{conventions['source']}: {found['family']}, read as {conventions['format']}")
+    for name, value in found["found"].items():
+        console.print(f"  {name}: {json.dumps(value)}", highlight=False)
+    for name, value in conventions.items():
+        if name not in ("source", "format", "decided", "d_in", "d_sae"):
+            console.print(f"  {name}: {value}", highlight=False)
+    for name, reason in conventions["decided"].items():
+        console.print(f"  {name} from: {reason}", highlight=False)
+    shown = ("fvu", "l0", "alive", "dense", "delta_ce")
+    console.print("  " + "  ".join(f"{name} {metrics[name]:.4g}" for name in shown), highlight=False)
+    console.print(f"  sinks left out: {found['excluded']['sink']:.2%} of tokens", highlight=False)
+    table = Table(title="other readings", title_justify="left")
+    for name in ("convention", "declared", "instead"):
+        table.add_column(name)
+    table.add_column("FVU", justify="right")
+    table.add_column("declared = 1", justify="right")
+    table.add_column("L0", justify="right")
+    for row in found["alternatives"]:
+        cells = ("-", "-") if row["fvu"] is None else (f"{row['fvu']:.4f}", f"{row['ratio']:.2f}")
+        table.add_row(row["convention"], row["declared"], row["instead"], *cells, f"{row['l0']:.1f}")
+    console.print(table)
+    for warning in found["warnings"]:
+        console.print(f"WARNING: {warning}", style="bold red", highlight=False)
+    console.print(
+        f"verdict: the activations {'agree with' if found['verdict'] == 'agrees' else 'CONTRADICT'} the declared reading"
+    )
 
 
 def _print_table(metrics: dict[str, Any], title: str) -> None:

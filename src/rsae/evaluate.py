@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, provenance, write_json
 from rsae.harvest import SinkRule
 from rsae.metrics import ArmSums, LossMetrics, ReconstructionMetrics, paired_difference, verdict
@@ -171,6 +172,7 @@ def evaluate_runs(
     reconstruction = {key: ReconstructionMetrics(host.d_model, sae.cfg.d_sae, eps=eps) for key, sae in saes.items()}
     losses = {key: LossMetrics() for key in saes}
     n_contexts, length = contexts.tokens.shape
+    keep_pages()
     excluded = dict.fromkeys(Exclusions._fields, 0)
     with torch.inference_mode():
         for start in range(0, n_contexts, batch_size):

@@ -3,6 +3,8 @@
 An SAE is trained in units in which the centred activations have norm sqrt(d_in), whatever the scale of the host: every gate here is
 exactly rescaled with its biases, thresholds and scales (phi_c(h) = c phi(h/c)), so the checkpoint is in the host's units again.
 Rows of W_dec keep the norms they came with, or the l1 price and the thresholds would be paid in a sliding currency.
+An SAE that normalises each input (layer_norm, constant_norm_rescale) trains on the normalised ones, and every sample's error counts
+by the scale that it is given back, so that the loss is in the host's units all the same.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rsae import sparse
+from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 Objective = Literal["matched-l0", "l0", "l1"]
 
 LOG_EVERY = 10
+NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
 SILENT_TOKENS = 100_000
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
@@ -69,7 +73,7 @@ class FinetuneConfig:
     """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
     alpha: float | None = None
     """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate).
-    None: 0.95 from a TopK, whose own rule is 1, else 0.7."""
+    None: 0.98 from a TopK, whose own rule is 1, else 0.7."""
     surrogate: Surrogate = field(default_factory=Surrogate)
     """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
     seed: int = 0
@@ -116,13 +120,21 @@ class Step(NamedTuple):
 class Trainee(nn.Module, ABC):
     """The parameters of an SAE in training units, and one step's loss. A subclass for each kind of gate."""
 
+    encoder_bias = "b_enc"
+    """The bias of the pre-activations that decide which latents are active, by its name in the checkpoint."""
+    row_scale: Float[Tensor, "batch 1"] | None = None
+    """Of the batch at work, where inputs are normalised: what its reconstruction is multiplied by."""
+
     def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
         super().__init__()
+        self.normalize = sae.cfg.normalize_activations
+        self.error_unit = unit
+        unit = 1.0 if self.normalize in NORMALISED else unit
         self.config, self.unit = config, unit
         self.subtracts = bool(sae.cfg.apply_b_dec_to_input)
         weights = {name: tensor.detach().float() for name, tensor in sae.state_dict().items()}
         self.W_enc = nn.Parameter(weights["W_enc"].T.contiguous())  # (d_sae, d_in): a latent's weights lie together
-        self.b_enc = nn.Parameter(weights["b_enc"] / unit)
+        self.b_enc = nn.Parameter(weights[self.encoder_bias] / unit)
         self.W_dec = nn.Parameter(weights["W_dec"].clone())
         self.b_dec = nn.Parameter(weights["b_dec"] / unit)
         self.norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
@@ -131,9 +143,26 @@ class Trainee(nn.Module, ABC):
         """Those trained at `gate_lr`."""
         return []
 
+    def inputs(self, raw: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """A batch of activations in training units; sets `row_scale`. The same functions as SAELens applies at run time."""
+        if self.normalize not in NORMALISED:
+            return raw / self.unit
+        if self.normalize == "layer_norm":
+            raw = raw - raw.mean(dim=1, keepdim=True)
+            scale = raw.std(dim=1, keepdim=True) + 1e-5
+        else:
+            scale = raw.norm(dim=1, keepdim=True) / raw.shape[1] ** 0.5
+        self.row_scale = scale / self.error_unit
+        return raw / scale
+
+    def squared_error(self, x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"]) -> Tensor:
+        """Summed over d_in and averaged over the batch, in training units of the activations themselves."""
+        error = x_hat - x if self.row_scale is None else (x_hat - x) * self.row_scale
+        return error.square().sum() / len(x)
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
-        """Loss of a batch of activations, in training units."""
+        """Loss of a batch, as `inputs` gives it."""
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -159,7 +188,7 @@ class Trainee(nn.Module, ABC):
         """A copy of `sae` with what was trained, in the host's units."""
         sae = copy.deepcopy(sae)
         sae.W_enc.copy_(self.W_enc.T)
-        sae.b_enc.copy_(self.b_enc * self.unit)  # type: ignore[operator] # SAELens declares it in its subclasses
+        sae.get_parameter(self.encoder_bias).copy_(self.b_enc * self.unit)
         sae.W_dec.copy_(self.W_dec)
         sae.b_dec.copy_(self.b_dec * self.unit)
         self.write_gate(sae)
@@ -183,8 +212,7 @@ class SparseTrainee(Trainee):
         entries = self.choose(dense)
         h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, self.b_dec if self.subtracts else None, entries)
         z = self.latents(h, entries)
-        x_hat = sparse.decode(z, self.W_dec, self.b_dec, entries)
-        squared_error = (x_hat - x).square().sum() / len(x)
+        squared_error = self.squared_error(sparse.decode(z, self.W_dec, self.b_dec, entries), x)
         return Step(squared_error + self.penalty(z, entries), squared_error, (z != 0).sum() / len(x))
 
     def penalty(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Tensor | float:
@@ -216,7 +244,7 @@ class ReLUTrainee(SparseTrainee):
         inputs = x - self.b_dec if self.subtracts else x
         entries = self.choose(h := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
         z = h.view(-1)[entries.flat].float().requires_grad_()
-        error = (sparse.decode(z, self.W_dec.detach(), self.b_dec.detach(), entries) - x).square().sum() / len(x)
+        error = self.squared_error(sparse.decode(z, self.W_dec.detach(), self.b_dec.detach(), entries), x)
         (g,) = torch.autograd.grad(error, z)
         norms = self.norms.squeeze(1)[entries.latents]
         balance = -(g * z).sum() / (norms * z).sum() * len(x)
@@ -239,6 +267,38 @@ class ReLUTrainee(SparseTrainee):
 
     def write_gate(self, sae: SAE[Any]) -> None:
         pass
+
+
+class GatedTrainee(ReLUTrainee):
+    """A gated SAE: h > 0 opens the gate, exp(r_mag) (h - b_gate) + b_mag is what passes.
+
+    The loss is that of Rajamanoharan et al. (2024, arXiv:2404.16014): besides the squared error, an l1 price on relu(h), and the
+    squared error of the reconstruction from relu(h) by a decoder that does not learn from it.
+    """
+
+    encoder_bias = "b_gate"
+
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
+        super().__init__(sae, unit, config)
+        self.r_mag = nn.Parameter(sae.get_parameter("r_mag").detach().float().clone())
+        self.b_mag = nn.Parameter(sae.get_parameter("b_mag").detach().float() / self.unit)
+
+    def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
+        j = entries.latents
+        return (self.r_mag.exp()[j] * (h - self.b_enc[j]) + self.b_mag[j]).relu()
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
+        inputs = x - self.b_dec.detach() if self.subtracts else x
+        entries = self.choose(dense := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
+        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, self.b_dec if self.subtracts else None, entries)
+        z = self.latents(h, entries)
+        squared_error = self.squared_error(sparse.decode(z, self.W_dec, self.b_dec, entries), x)
+        by_gate = self.squared_error(sparse.decode(h, self.W_dec.detach(), self.b_dec.detach(), entries), x)
+        return Step(squared_error + by_gate + self.penalty(h, entries), squared_error, (z != 0).sum() / len(x))
+
+    def write_gate(self, sae: SAE[Any]) -> None:
+        sae.get_parameter("r_mag").copy_(self.r_mag)
+        sae.get_parameter("b_mag").copy_(self.b_mag * self.unit)
 
 
 class TopKTrainee(SparseTrainee):
@@ -270,7 +330,7 @@ class ThresholdTrainee(SparseTrainee):
         gate = sae.gate if isinstance(sae, RationalSAE) else None
         threshold = gate.threshold if gate is not None else sae.threshold
         assert isinstance(threshold, Tensor)
-        theta = threshold.detach().float() / unit
+        theta = threshold.detach().float() / self.unit
         self.log_threshold = nn.Parameter(theta.clamp(min=1e-3).log())  # a JumpReLU may have some at 0
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
         self.surrogate = config.surrogate
@@ -280,7 +340,7 @@ class ThresholdTrainee(SparseTrainee):
             self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
-        self.amplitude = TrainableGate(gate, unit) if gate is not None else None
+        self.amplitude = TrainableGate(gate, self.unit) if gate is not None else None
 
     def gate_parameters(self) -> list[nn.Parameter]:
         return [self.log_threshold, *(self.amplitude.trained() if self.amplitude is not None else [])]
@@ -300,6 +360,8 @@ class ThresholdTrainee(SparseTrainee):
             threshold = threshold * self.follow.squeeze(1)[entries.rows]
         amplitude = h if self.amplitude is None else self.amplitude(h, entries.latents)
         curvature = self.norms.squeeze(1)[entries.latents] ** 2 / entries.shape[0]
+        if self.row_scale is not None:
+            curvature = curvature * self.row_scale.squeeze(1)[entries.rows] ** 2
         surrogate = self.surrogate
         if surrogate.price is not None:
             surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
@@ -341,7 +403,7 @@ class DenseTrainee(Trainee):
             raise ValueError(
                 f"a dense gate has no zeros to count: use objective 'l1' with a penalty; got {config.objective!r}"
             )
-        self.amplitude = TrainableGate(sae.gate, unit)
+        self.amplitude = TrainableGate(sae.gate, self.unit)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         return self.amplitude.trained()
@@ -351,7 +413,7 @@ class DenseTrainee(Trainee):
             h = F.linear(x - self.b_dec if self.subtracts else x, self.W_enc, self.b_enc)
             z = self.amplitude(h)
             x_hat = z @ self.W_dec
-        squared_error = (x_hat.float() + self.b_dec - x).square().sum() / len(x)
+        squared_error = self.squared_error(x_hat.float() + self.b_dec, x)
         l1 = (z.abs() @ self.norms.to(z.dtype)).float().sum() / len(x)
         return Step(squared_error + (self.config.penalty or 0.0) * l1, squared_error, (z != 0).sum() / len(x))
 
@@ -404,6 +466,7 @@ def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig) -> Trainee:
         "standard": ReLUTrainee,
         "topk": TopKTrainee,
         "jumprelu": ThresholdTrainee,
+        "gated": GatedTrainee,
         "rational": ThresholdTrainee,
     }
     if isinstance(sae, RationalSAE) and sae.gate.support == "dense":
@@ -418,6 +481,25 @@ def schedule(step: int, config: FinetuneConfig) -> float:
     up = (step + 1) / max(1.0, config.warmup * config.steps)
     down = (config.steps - step) / max(1.0, config.decay * config.steps)
     return min(1.0, up, down)
+
+
+def check_trainable(sae: SAE[Any]) -> None:
+    """Refuse an SAE whose inputs are not what a store holds.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    cfg = sae.cfg
+    if cfg.reshape_activations != "none":
+        raise ValueError(
+            f"this SAE has reshape_activations {cfg.reshape_activations!r}: it reads attention heads side by side, and rsae "
+            "reads residual streams"
+        )
+    if cfg.normalize_activations not in ("none", *NORMALISED):
+        raise ValueError(
+            f"this SAE has normalize_activations {cfg.normalize_activations!r}, which should have been folded into its weights: "
+            "do that first (SAELens: fold_activation_norm_scaling_factor, with sqrt(d_in) / mean norm of its inputs)"
+        )
 
 
 def finetune(
@@ -454,12 +536,8 @@ def finetune(
     """
     if sae.cfg.d_in != data.d_in:
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
-    if sae.cfg.normalize_activations != "none" or sae.cfg.reshape_activations != "none":
-        raise ValueError(
-            f"fine-tuning takes activations as they are: this SAE has normalize_activations {sae.cfg.normalize_activations!r} "
-            f"and reshape_activations {sae.cfg.reshape_activations!r}; fold the scaling into its weights first "
-            "(SAELens: fold_activation_norm_scaling_factor)"
-        )
+    check_trainable(sae)
+    keep_pages()
     config = _resolved(config, sae)
     inputs = {
         "config": asdict(config),
@@ -470,7 +548,8 @@ def finetune(
     folder = _Folder(out, inputs) if out is not None else None
     if folder is not None and (finished := folder.finished()) is not None:
         return finished
-    dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"  # its L0 is d_sae, and nothing is steered to it
+    # A dense gate's L0 is d_sae, and nothing is steered to it
+    dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"
     target = config.target_l0 or (float(sae.cfg.d_sae) if dense else mean_l0(sae, _activations(held_out)))
     unit = _unit(data, config)
     start = _ready_to_train(sae, data, config, target)
@@ -500,15 +579,14 @@ def _train(
     optimizer = torch.optim.Adam(
         [{"params": body, "rate": config.lr}, {"params": gate, "rate": config.gate_lr}], betas=(0.9, 0.99), fused=True
     )
-    mean, d_in = data.mean / trainee.unit, data.d_in
     first = folder.restore(trainee, optimizer) if folder is not None else 0
     if first == 0:
-        trainee.begin(next(iter(data.batches(config.batch_size, seed=config.seed))) / trainee.unit)
+        trainee.begin(trainee.inputs(next(iter(data.batches(config.batch_size, seed=config.seed)))))
     sums, counted, began = torch.zeros(4), 0, time.perf_counter()
     for step, raw in zip(
         range(first, config.steps), data.batches(config.batch_size, seed=config.seed, start=first), strict=False
     ):
-        x = raw / trainee.unit
+        x = trainee.inputs(raw)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config)
         optimizer.zero_grad()
@@ -519,9 +597,8 @@ def _train(
         l0 = result.l0.item()
         if config.objective == "matched-l0":
             trainee.steer(l0, target)
-        sums += torch.stack(
-            [result.loss.detach(), result.squared_error.detach(), (x - mean).square().sum() / len(x), result.l0]
-        )
+        variance = ((raw - data.mean) / trainee.error_unit).square().sum() / len(raw)
+        sums += torch.stack([result.loss.detach(), result.squared_error.detach(), variance, result.l0])
         counted += 1
         done = step + 1
         if done % LOG_EVERY == 0 or done == config.steps:
@@ -533,7 +610,7 @@ def _train(
                 "step": done,
                 "tokens": done * config.batch_size,
                 "seconds": round(seconds, 3),
-                "loss": loss / d_in,
+                "loss": loss / data.d_in,
                 "fvu": squared_error / variance,
                 "l0": l0,
                 "lr": config.lr * schedule(step, config),
@@ -566,7 +643,7 @@ def _unit(data: Store, config: FinetuneConfig) -> float:
 def _resolved(config: FinetuneConfig, sae: SAE[Any]) -> FinetuneConfig:
     """The configuration with what depends on the teacher's family filled in."""
     from_topk = isinstance(sae, RationalSAE) and sae.gate.alpha == 1
-    alpha, gate_lr = (0.95, 5e-5) if from_topk else (0.7, 3e-4)
+    alpha, gate_lr = (0.98, 5e-5) if from_topk else (0.7, 3e-4)
     return replace(
         config,
         alpha=alpha if config.alpha is None else config.alpha,

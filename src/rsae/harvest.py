@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
 from rsae.hosts import Host
 from rsae.text import PACKING_RULE, Context, Split, documents, pack, text_fingerprint, too_short
@@ -197,6 +198,7 @@ def harvest(
     counts: Counter[str] = Counter()
     contexts = pack(documents(text, split=split), host.tokenizer, context_length, counts=counts)
     batches = _batched(contexts, batch_size)
+    keep_pages()
     number = sum(1 for _ in islice(batches, shard_batches * len(shards)))
     rule = _sink_rule(meta) if shards else None
     while done < n_tokens:

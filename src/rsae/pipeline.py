@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs
-from rsae.finetune import FinetuneConfig, finetune
+from rsae.finetune import FinetuneConfig, check_trainable, finetune
 from rsae.harvest import ActivationStore, harvest
 from rsae.hosts import Host, load_host
+from rsae.preflight import preflight
 from rsae.pretrain import Family, pretrain
 from rsae.report import write_report
 from rsae.sae import RationalSAE, save_sae
@@ -97,13 +98,18 @@ def upgrade(
     out: str | Path,
     *,
     config: UpgradeConfig | None = None,
+    trust: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Upgrade a teacher to a Rational SAE, beside an equal-compute control, and measure both on held-out text.
 
-    Leaves in `out`: acts/ (activations), teacher/, control/, init/, rsae/ (SAELens checkpoints; the two trained ones with
-    log.jsonl), metrics.json, gate.json, run.json and report.html. A finished stage is not run again, a killed one continues.
+    Before anything else the teacher's conventions are put to the test (`rsae.preflight.preflight`). The control of a teacher
+    that is an RSAE already is the same one, trained on with its gate as it is.
+
+    Leaves in `out`: preflight.json, acts/ (activations), teacher/, control/, init/, rsae/ (SAELens checkpoints; the two
+    trained ones with log.jsonl), metrics.json, gate.json, run.json and report.html. A finished stage is not run again, a
+    killed one continues.
 
     Args:
         teacher: what `rsae.load_teacher` takes.
@@ -111,28 +117,32 @@ def upgrade(
         hook: TransformerLens name ("blocks.9.hook_resid_post") or HF module path ("model.layers.9").
         text: what `rsae.harvest.harvest` takes: "package:sae-probes", a file or folder, "hf:dataset[split]".
         out: the run folder; new, empty, or of the same run.
+        trust: go on although the activations say that the teacher was meant to be read in another way.
 
     Returns:
         The contents of metrics.json.
 
     Raises:
-        ValueError: any input that does not fit, before anything is written; `out` holds another run.
+        ValueError: any input that does not fit, before anything is written; another reading of the teacher is clearly better, and
+            `trust` is not set; `out` holds another run.
     """
     config, out = config or UpgradeConfig(), Path(out)
     loaded = load_teacher(teacher)
-    if loaded.family not in ("relu", "jumprelu", "topk"):
-        raise ValueError(f"{teacher} is a {loaded.family} SAE already: upgrade takes a ReLU, JumpReLU or TopK teacher")
+    check_trainable(loaded.sae)
     identity = {"teacher": loaded.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
-    ledger = Ledger.open(out, identity, command)
+    ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",))
     if ledger.done:
         return read_json(out / "metrics.json")
-    model = load_host(host)
-    model.hook_point(hook)
-    if loaded.sae.cfg.d_in != model.d_model:
-        raise ValueError(
-            f"the teacher has d_in {loaded.sae.cfg.d_in}, the host {host} has d_model {model.d_model}: "
-            "it was trained on another model"
-        )
+    model = _load_host(host, progress)
+    if "inspect" not in ledger.seconds:
+        with ledger.clock("inspect"):
+            found = preflight(loaded, model, hook, text, context_length=config.context_length, progress=progress)
+            if found["verdict"] == "contradicted" and not trust:
+                raise ValueError(
+                    f"{teacher} does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say --trust "
+                    "to go on as it is declared (rsae inspect shows all of it)"
+                )
+            write_json(out / "preflight.json", found)
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
     arms = train_arms(out, loaded.sae, data, config, ledger, progress)
@@ -186,7 +196,7 @@ def demo(
     ledger = Ledger.open(out, identity, command)
     if ledger.done:
         return {family: read_json(out / family / "metrics.json") for family in families}
-    model = load_host(host)
+    model = _load_host(host, progress)
     model.hook_point(hook)
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
@@ -215,6 +225,16 @@ def demo(
     return results
 
 
+def _load_host(spec: str, progress: Progress | None) -> Host:
+    """`load_host`, which may take a minute, with a sign that it is at work."""
+    if progress is not None:
+        progress("load the model", 0, 1)
+    host = load_host(spec)
+    if progress is not None:
+        progress("load the model", 1, 1)
+    return host
+
+
 def train_arms(
     run: Path, teacher: SAE[Any], data: Data, config: UpgradeConfig, ledger: Ledger, progress: Progress | None
 ) -> dict[str, SAE[Any]]:
@@ -228,13 +248,16 @@ def train_arms(
     settings = replace(config.finetune, target_l0=config.finetune.target_l0 or l0)
     with ledger.clock("init"):
         sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
-        init = calibrate(RationalSAE.from_teacher(teacher, config.degree), sample)
+        is_rational = isinstance(teacher, RationalSAE)
+        init = teacher if is_rational else calibrate(RationalSAE.from_teacher(teacher, config.degree), sample)
         save_sae(init, run / "init")
     arms = {"teacher": teacher, "init": init}
-    for arm, start in (("control", teacher), ("rsae", init)):
+    # There is no own gate to train in an RSAE's control but the rational: it keeps the one that it has
+    of_control = replace(settings, gate_lr=0.0) if is_rational else settings
+    for arm, start, how in (("control", teacher, of_control), ("rsae", init, settings)):
         with ledger.clock(arm):
             arms[arm] = finetune(
-                start, data.train, settings, held_out=data.validation, out=run / arm, progress=progress,
+                start, data.train, how, held_out=data.validation, out=run / arm, progress=progress,
                 name=f"{run.name} {arm}",
             )  # fmt: skip
     return {arm: arms[arm] for arm in ARMS}

@@ -174,7 +174,7 @@ class Surrogate:
     """How a gradient is got across the hard edge, where the true one is zero almost everywhere and a jump at the threshold."""
 
     kind: Literal["rectangle", "jump-corrected"] = "jump-corrected"
-    bandwidth: float = 0.5
+    bandwidth: float = 0.8
     """Width of the window about the threshold, in units of the threshold."""
     strength: float = 0.2
     """Share of the edge's gradient that goes to the pre-activation (all of it goes to the threshold)."""

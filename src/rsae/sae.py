@@ -26,7 +26,7 @@ from rsae.rational import RationalGate, Support
 
 # The design threshold and half gap of the rational for jumps: C_in,j = theta_j / THETA puts 1/THETA thresholds into [-1, 1].
 THETA, DELTA = 0.1, 0.005
-DEFAULT_DEGREE = {"standard": (3, 2), "jumprelu": (9, 8), "topk": (9, 8)}
+DEFAULT_DEGREE = {"standard": (3, 2), "jumprelu": (9, 8), "topk": (9, 8), "gated": (9, 8)}
 
 
 @dataclass
@@ -189,14 +189,15 @@ class RationalSAE(SAE[RationalSAEConfig]):
     ) -> RationalSAE:
         """A RationalSAE that does what `teacher` does: stage 1 of the method, before any data is seen.
 
-        Weights are copied bit for bit. A JumpReLU's threshold theta_j goes into per-latent scales, by
+        Weights are copied bit for bit (a gated SAE's as those of the JumpReLU that it is, `as_jumprelu`). A JumpReLU's threshold
+        theta_j goes into per-latent scales, by
         JumpReLU_theta(h) = theta JumpReLU_1(h/theta): C_in,j = C_out,j = theta_j / 0.1, so one rational serves all latents.
         Hard support starts as the identity t = (t Q)/Q on the teacher's own support, Q the denominator of the gate's best fit:
         its latents are the teacher's, to float32 rounding. Dense support starts as the best fit itself.
 
         Args:
-            teacher: a SAELens StandardSAE, JumpReLUSAE or TopKSAE.
-            degree: (p, q); default (3, 2) for ReLU and (9, 8) for JumpReLU and TopK, as in the paper.
+            teacher: a SAELens StandardSAE, JumpReLUSAE, TopKSAE or GatedSAE.
+            degree: (p, q); default (3, 2) for ReLU and (9, 8) for the others, as in the paper.
             support: "hard" (exact zeros) or "dense" (the paper's).
             threshold: for TopK: one calibrated threshold for all samples, instead of each sample's k-th largest.
             C_in: for ReLU and TopK: the size of a large pre-activation, which is where the design interval ends.
@@ -216,6 +217,8 @@ class RationalSAE(SAE[RationalSAEConfig]):
                 raise ValueError(
                     f"the teacher's {name} holds nan or inf: the checkpoint is damaged or overflowed its dtype"
                 )
+        if family == "gated":
+            teacher = as_jumprelu(teacher)
         if family == "topk" and teacher.cfg.rescale_acts_by_decoder_norm:
             teacher = without_rescaling(teacher)
         if threshold is not None and (family != "topk" or threshold <= 0):
@@ -225,7 +228,7 @@ class RationalSAE(SAE[RationalSAEConfig]):
         d_sae = teacher.cfg.d_sae
 
         theta: Tensor | None = None
-        if family == "jumprelu":
+        if family in ("jumprelu", "gated"):
             theta = teacher.state_dict()["threshold"].detach().float().clamp(min=0)
         elif threshold is not None:
             theta = torch.full((d_sae,), float(threshold), device=teacher.W_enc.device)
@@ -310,6 +313,31 @@ def without_rescaling(teacher: SAE[Any]) -> SAE[Any]:
     if not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
         teacher.fold_W_dec_norm()
     return teacher
+
+
+def as_jumprelu(teacher: SAE[Any]) -> SAE[Any]:
+    """The same function as a gated SAE, as a JumpReLUSAE.
+
+    Both paths of a gated SAE are affine in the same projection: the gate opens where W x + b_gate > 0, and what passes is
+    m = exp(r_mag) W x + b_mag where that is positive. So it is a JumpReLU of m with threshold max(0, b_mag - exp(r_mag) b_gate)
+    (Rajamanoharan et al., 2024, arXiv:2404.16014, section 2.2): the gating path decides, the magnitude path is the amplitude.
+    """
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    weights = teacher.state_dict()
+    slope = weights["r_mag"].exp()
+    shared = {f.name: getattr(teacher.cfg, f.name) for f in fields(JumpReLUSAEConfig)}
+    sae = JumpReLUSAE(JumpReLUSAEConfig(**shared))
+    sae.load_state_dict(
+        {
+            "W_enc": weights["W_enc"] * slope,
+            "b_enc": weights["b_mag"],
+            "threshold": (weights["b_mag"] - slope * weights["b_gate"]).clamp(min=0),
+            "W_dec": weights["W_dec"],
+            "b_dec": weights["b_dec"],
+        }
+    )
+    return sae
 
 
 def _rebuild(cfg: RationalSAEConfig, state_dict: dict[str, Tensor], use_error_term: bool) -> RationalSAE:

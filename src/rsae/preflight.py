@@ -1,0 +1,279 @@
+"""Is this teacher read right? Its own metrics on real activations, and those of every other way to read the same weights.
+
+A wrong convention (b_dec, input scale, decoder norms, BOS) loads without an error and computes something else. What tells is the
+reconstruction: the weights were trained to make it good under one convention, and under another it is clearly worse.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsae.artefacts import Progress, provenance, write_json
+from rsae.evaluate import Autoencoder, evaluate, exclusions
+from rsae.harvest import SinkRule
+from rsae.hosts import Host
+from rsae.teachers import Teacher
+from rsae.text import Contexts, evaluation_contexts
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+CLEARLY, BY_FAR = 0.9, 0.5
+"""A reading contradicts the declared one if its FVU is below the first share of it: the sample's own error is far smaller. The
+second share is asked of a reading with a tenth more active latents, which reconstruct better by themselves, and of one on other
+activations (without BOS)."""
+SINK_RATIO = 3.0
+_ROWS = 1024
+
+
+class Alternative(NamedTuple):
+    """Another way to read the same weights."""
+
+    convention: str
+    declared: str
+    instead: str
+    sae: Autoencoder
+    with_bos: bool = True
+
+
+class Scaled:
+    """An SAE that was trained on inputs multiplied by a constant, which its checkpoint does not say."""
+
+    def __init__(self, sae: SAE[Any], factor: float) -> None:
+        self.sae, self.factor, self.cfg, self.W_dec = sae, factor, sae.cfg, sae.W_dec
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        return self.sae.encode(x * self.factor)
+
+    def decode(self, latents: Tensor, /) -> Tensor:
+        return self.sae.decode(latents) / self.factor
+
+
+def preflight(
+    teacher: Teacher,
+    host: Host,
+    hook: str,
+    text: str,
+    *,
+    tokens: int = 16_384,
+    ce_tokens: int = 4_096,
+    context_length: int = 256,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a teacher as it is declared, and its FVU under every other convention, on the validation part of a text.
+
+    Args:
+        teacher, host, hook, text: as `rsae.pipeline.upgrade` takes them, the first two loaded.
+        tokens, ce_tokens: how many tokens the reconstruction and the loss are measured on.
+        out: the preflight.json to write.
+
+    Returns:
+        What preflight.json holds: "conventions" (and how each was decided), "found" (k, thresholds, norms), "metrics" (as in
+        metrics.json), "alternatives" with the FVU of each, "warnings", and "verdict": "agrees" or "contradicted".
+
+    Raises:
+        ValueError: d_in and d_model differ, no such hook, text shorter than a context.
+    """
+    sae = teacher.sae
+    if sae.cfg.d_in != host.d_model:
+        raise ValueError(
+            f"the teacher has d_in {sae.cfg.d_in}, the host {host.spec} has d_model {host.d_model}: "
+            "it was trained on another model"
+        )
+    hook = host.hook_point(hook).name
+    contexts = evaluation_contexts(
+        host.tokenizer, text, n_tokens=tokens, split="validation", context_length=context_length
+    )
+    with_bos, rule, excluded = _activations(host, hook, contexts, progress)
+    metrics = evaluate(
+        {"teacher": sae}, host, hook, contexts, store_stats=rule, ce_tokens=ce_tokens, progress=progress
+    )["teacher"]  # fmt: skip
+    del metrics["histograms"]
+    declared, declared_l0 = _measure(sae, with_bos)
+    if declared is None:
+        raise ValueError(f"the teacher's reconstruction at {hook} is not finite")
+    alternatives = []
+    without_bos: Tensor | None = None
+    for other in _other_readings(sae, with_bos, host):
+        if not other.with_bos and without_bos is None:
+            without_bos, _, _ = _activations(host, hook, _without_bos(contexts), progress)
+        x = with_bos if other.with_bos or without_bos is None else without_bos
+        fvu, l0 = _measure(other.sae, x)
+        row = {
+            "convention": other.convention,
+            "declared": other.declared,
+            "instead": other.instead,
+            "fvu": fvu,
+            "l0": l0,
+        }
+        enough = CLEARLY if other.with_bos and l0 <= 1.1 * declared_l0 else BY_FAR
+        ratio = None if fvu is None else fvu / declared
+        alternatives.append({**row, "ratio": ratio, "contradicts": ratio is not None and ratio < enough})
+    contradicted = [row for row in alternatives if row["contradicts"]]
+    warnings = [
+        f"{row['convention']}: read as {row['declared']!r} the FVU is {declared:.4f} at L0 {declared_l0:.1f}, as "
+        f"{row['instead']!r} it is {row['fvu']:.4f} at {row['l0']:.1f}"
+        for row in sorted(contradicted, key=lambda row: row["fvu"])
+    ]
+    if declared >= 1:
+        warnings.append(
+            f"the reconstruction is worse than the mean activation (FVU {declared:.3f}): another layer or model?"
+        )
+    result = {
+        "schema": 1,
+        "family": teacher.family,
+        "fingerprint": teacher.fingerprint,
+        "host": host.spec,
+        "hook": hook,
+        "text": text,
+        "conventions": teacher.conventions,
+        "found": _found(sae),
+        "metrics": metrics,
+        "excluded": excluded,
+        "alternatives": alternatives,
+        "warnings": warnings + _mismatches(teacher, host, hook),
+        "verdict": "contradicted" if contradicted or declared >= 1 else "agrees",
+        "provenance": provenance(),
+    }
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> Iterator[Alternative]:
+    """Every convention of the checkpoint, the other way round."""
+
+    def altered(**changes: Any) -> SAE[Any]:
+        other = copy.deepcopy(sae)
+        for name, value in changes.items():
+            setattr(other.cfg, name, value)
+        return _rebuilt(other)
+
+    subtracted = ("subtracted", "not subtracted")
+    declared, instead = subtracted if sae.cfg.apply_b_dec_to_input else subtracted[::-1]
+    if bool((sae.b_dec != 0).any()):
+        yield Alternative(
+            "b_dec before the encoder",
+            declared,
+            instead,
+            altered(apply_b_dec_to_input=not sae.cfg.apply_b_dec_to_input),
+        )
+
+    normalize = sae.cfg.normalize_activations
+    plain = sae if normalize == "none" else altered(normalize_activations="none")
+    factor = sae.cfg.d_in**0.5 / float(x.norm(dim=1).mean())
+    yield Alternative("inputs", normalize, f"scaled to mean norm sqrt(d_in), by {factor:.5g}", Scaled(plain, factor))
+    yield Alternative("inputs", normalize, f"scaled back, by {1 / factor:.5g}", Scaled(plain, 1 / factor))
+    if normalize == "none":
+        yield Alternative("inputs", normalize, "layer_norm", altered(normalize_activations="layer_norm"))
+    else:
+        yield Alternative("inputs", normalize, "none", plain)
+
+    norms = sae.W_dec.detach().norm(dim=1)
+    if bool(((norms - 1).abs() > 1e-3).any()):
+        unit = copy.deepcopy(sae)
+        unit.W_dec.data.div_(norms[:, None])
+        yield Alternative("decoder rows", "as stored", "of unit norm", unit)
+        if sae.cfg.architecture() == "jumprelu":
+            by_size = copy.deepcopy(sae)
+            by_size.get_parameter("threshold").data.div_(norms)
+            yield Alternative("thresholds compared with", "h", "h ||w||", by_size)
+        elif sae.cfg.architecture() == "topk":
+            rescaled = sae.cfg.rescale_acts_by_decoder_norm
+            rules = ("h", "h ||w||")
+            declared, instead = rules[::-1] if rescaled else rules
+            yield Alternative("the k largest of", declared, instead, altered(rescale_acts_by_decoder_norm=not rescaled))
+
+    if host.tokenizer.bos_token_id is not None:
+        yield Alternative("BOS", "at the start of a context", "left out", sae, with_bos=False)
+
+
+def _rebuilt(sae: SAE[Any]) -> SAE[Any]:
+    """The same weights in a new SAE of the configuration as it stands: SAELens reads parts of it only at the start."""
+    other = type(sae)(copy.deepcopy(sae.cfg))
+    other.load_state_dict(sae.state_dict())
+    return other
+
+
+@torch.no_grad()
+def _activations(
+    host: Host, hook: str, contexts: Contexts, progress: Progress | None
+) -> tuple[Float[Tensor, "n d_in"], SinkRule, dict[str, float]]:
+    """Activations of all tokens that are measured, in float32; the sink rule they make; the shares left out."""
+    batches = []
+    for start in range(0, len(contexts.tokens), 16):
+        batches.append(host.activations(contexts.tokens[start : start + 16], hook).float().cpu())
+        if progress is not None:
+            progress("inspect", min(start + 16, len(contexts.tokens)), len(contexts.tokens))
+    x = torch.cat(batches)
+    blank = SinkRule(x.new_zeros(x.shape[-1]), float("inf"), 1.0)
+    masks = exclusions(contexts.tokens, x, host.tokenizer, blank)
+    measured = ~(masks.bos | masks.special)
+    rule = SinkRule.fit(x[measured], SINK_RATIO)
+    sinks = rule.is_sink(x) & measured
+    shares = {"bos": masks.bos, "special": masks.special, "sink": sinks}
+    return x[measured & ~sinks], rule, {name: float(mask.float().mean()) for name, mask in shares.items()}
+
+
+def _without_bos(contexts: Contexts) -> Contexts:
+    return contexts._replace(tokens=contexts.tokens[:, 1:], documents=contexts.documents[:, 1:])
+
+
+@torch.inference_mode()
+def _measure(sae: Autoencoder, x: Float[Tensor, "n d_in"]) -> tuple[float | None, float]:
+    """Fraction of variance unexplained (None where it is not finite) and mean L0."""
+    error, active = 0.0, 0
+    for part in x.split(_ROWS):
+        latents = sae.encode(part)
+        error += float((sae.decode(latents) - part).double().square().sum())
+        active += int((latents != 0).sum())
+    fvu = error / float((x - x.mean(0)).double().square().sum())
+    return fvu if math.isfinite(fvu) else None, active / len(x)
+
+
+def _found(sae: SAE[Any]) -> dict[str, Any]:
+    """What the weights themselves say."""
+    weights = sae.state_dict()
+    found: dict[str, Any] = {
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+        "decoder_norms": _quantiles(weights["W_dec"].norm(dim=1)),
+        "b_dec_norm": float(weights["b_dec"].norm()),
+    }
+    threshold = weights.get("threshold", weights.get("gate.threshold"))
+    if threshold is not None:
+        found["thresholds"] = _quantiles(threshold)
+    if (k := getattr(sae.cfg, "k", None)) is not None:
+        found["k"] = k
+    return found
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    shares = (0.0, 0.05, 0.5, 0.95, 1.0)
+    ordered = values.float().flatten().sort().values  # torch.quantile refuses more than 16 M values
+    return {f"{share:.0%}": float(ordered[round(share * (len(ordered) - 1))]) for share in shares}
+
+
+def _mismatches(teacher: Teacher, host: Host, hook: str) -> list[str]:
+    """Where the checkpoint names another hook or another BOS than it is read with."""
+    warnings = []
+    named = teacher.conventions.get("hook_name")
+    if named:
+        try:
+            same = host.hook_point(named)[1:] == host.hook_point(hook)[1:]
+        except ValueError:
+            same = False
+        if not same:
+            warnings.append(f"the checkpoint names the hook {named!r}; it is read at {hook!r}")
+    if teacher.conventions.get("prepend_bos") is False and host.tokenizer.bos_token_id is not None:
+        warnings.append("the checkpoint says that it was trained without BOS; contexts here begin with one")
+    return warnings

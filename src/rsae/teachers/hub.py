@@ -1,0 +1,71 @@
+"""Checkpoints on the Hugging Face hub: downloaded (or found in its cache, when offline) and then read like any folder."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+
+def locate(spec: str) -> tuple[str, str, str | None]:
+    """(repository, path in it, SAELens release or None) of "RELEASE:SAE_ID", "OWNER/REPO" or "OWNER/REPO:PATH".
+
+    Raises:
+        ValueError: neither a release that SAELens lists nor a repository, or an SAE that the release does not have.
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    name, _, inner = spec.partition(":")
+    releases = get_pretrained_saes_directory()
+    if name in releases:
+        paths = releases[name].saes_map
+        if inner not in paths:
+            near = get_close_matches(inner, paths, n=5, cutoff=0.3) or list(paths)[:5]
+            raise ValueError(f"teacher {spec}: release {name} has no {inner!r}; near ones: {', '.join(near)}")
+        return releases[name].repo_id, paths[inner], name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        near = get_close_matches(name, releases, n=3)
+        also = f" (a release of that kind: {', '.join(near)})" if near else ""
+        raise ValueError(
+            f"teacher {spec!r} is neither a folder with a checkpoint, nor RELEASE:SAE_ID as SAELens lists them, nor a hub "
+            f"repository OWNER/REPO or OWNER/REPO:PATH{also}. A SAELens checkpoint is cfg.json and sae_weights.safetensors"
+        )
+    return name, inner, None
+
+
+def download(repo: str, inner: str) -> Path:
+    """The local copy of a path in a repository, from the hub or from its cache.
+
+    Raises:
+        ValueError: the hub did not give it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    inner = inner.strip("/")
+    patterns = [inner, f"{inner}/*"] if inner else None
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"teacher {repo}:{inner}: the hub did not give it ({' '.join(str(error).split())}). A local folder works without it"
+        ) from error
+    if not (folder / inner).exists():
+        raise ValueError(
+            f"teacher {repo}:{inner}: the repository holds nothing at {inner!r}, or its local copy does not"
+        )
+    return folder / inner
+
+
+def from_release(spec: str) -> SAE[Any]:
+    """An SAE read by SAELens' own loader for its release: of a format that there is no reader for here."""
+    from sae_lens import SAE
+
+    release, _, sae_id = spec.partition(":")
+    try:
+        return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
+    except (KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"teacher {spec}: SAELens cannot read it ({' '.join(str(error).split())})") from error

@@ -1,0 +1,146 @@
+"""Preflight: a teacher read right agrees with its activations, and each convention read wrong is found and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from tiny_host import save_tiny
+
+from rsae.hosts import Host, load_host
+from rsae.preflight import preflight
+from rsae.teachers import load_teacher
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> Host:
+    """Activations far from 0, as those of real models are: what is added to an embedding stays in the residual stream."""
+    host = load_host(str(save_tiny(tmp_path_factory.mktemp("host"))))
+    host.model.get_input_embeddings().weight.data += 3.0
+    return host
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    lines = [" ".join(f"w{i}" for i in torch.randint(0, 58, (30,), generator=generator)) for _ in range(900)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)
+
+
+def sample(host: Host) -> torch.Tensor:
+    tokens = torch.randint(6, 64, (64, 16), generator=torch.Generator().manual_seed(1))
+    return host.activations(tokens, HOOK).float().reshape(-1, host.d_model)
+
+
+def near_identity(
+    host: Host, *, subtracts: bool, declared: bool | None = None, scale: float = 1.0, norm: float = 1.0
+) -> JumpReLUSAE:
+    """A JumpReLU that gives every coordinate back while it is between two bounds: x_hat = low + relu(x - low) - relu(x - high).
+
+    Args:
+        subtracts: whether b_dec has to be subtracted; declared: what the checkpoint says of it, by default the same.
+        scale: the factor by which its inputs have to be multiplied.
+        norm: of the decoder rows, which encoder and threshold make up for.
+    """
+    x = scale * sample(host)
+    d = x.shape[1]
+    low, high = x.mean(0) - 1.7 * x.std(0), x.mean(0) + 1.7 * x.std(0)
+    metadata = SAEMetadata(hook_name=HOOK, model_name="tiny", prepend_bos=True)
+    cfg = JumpReLUSAEConfig(
+        d_in=d, d_sae=2 * d, apply_b_dec_to_input=subtracts if declared is None else declared, metadata=metadata
+    )
+    sae = JumpReLUSAE(cfg)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(d).repeat(1, 2) / norm)
+        sae.W_dec.copy_(torch.cat([torch.eye(d), -torch.eye(d)]) * norm)
+        sae.b_dec.copy_(low)
+        bounds = torch.cat([low, high]) - (low.repeat(2) if subtracts else 0)
+        sae.b_enc.copy_(-bounds / norm)
+        sae.threshold.copy_(0.2 * x.std(0).repeat(2) / norm)
+    return sae
+
+
+def run(sae: JumpReLUSAE, host: Host, text: str, folder: Path, hook: str = HOOK) -> dict:
+    sae.save_model(folder / "teacher")
+    teacher = load_teacher(folder / "teacher")
+    return preflight(
+        teacher, host, hook, text, tokens=600, ce_tokens=200, context_length=16, out=folder / "preflight.json"
+    )
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_a_teacher_that_reads_right(host, text, tmp_path, subtracts) -> None:
+    found = run(near_identity(host, subtracts=subtracts), host, text, tmp_path)
+    assert found["verdict"] == "agrees"
+    assert found["warnings"] == []
+    assert 0 < found["metrics"]["fvu"] < 0.2
+    assert found["metrics"]["delta_ce"] is not None
+    assert found["found"]["decoder_norms"] == pytest.approx(dict.fromkeys(("0%", "5%", "50%", "95%", "100%"), 1.0))
+    tested = {row["convention"] for row in found["alternatives"]}
+    assert tested == {"b_dec before the encoder", "inputs", "BOS"}
+    assert json.loads((tmp_path / "preflight.json").read_text()) == found
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_b_dec_read_wrong(host, text, tmp_path, subtracts) -> None:
+    found = run(near_identity(host, subtracts=subtracts, declared=not subtracts), host, text, tmp_path)
+    assert found["verdict"] == "contradicted"
+    assert found["warnings"][0].startswith("b_dec before the encoder: read as")
+    (right,) = [row for row in found["alternatives"] if row["convention"] == "b_dec before the encoder"]
+    assert right["instead"] == ("subtracted" if subtracts else "not subtracted")
+    assert right["fvu"] < 0.2 < found["metrics"]["fvu"]
+
+
+def test_inputs_that_had_to_be_scaled(host, text, tmp_path) -> None:
+    factor = host.d_model**0.5 / float(sample(host).norm(dim=1).mean())
+    assert factor < 0.7
+    found = run(near_identity(host, subtracts=True, scale=factor), host, text, tmp_path)
+    assert found["verdict"] == "contradicted"
+    assert "scaled to mean norm sqrt(d_in)" in found["warnings"][0]
+
+
+def test_a_scale_that_is_in_the_weights_and_declared_again(host, text, tmp_path) -> None:
+    factor = host.d_model**0.5 / float(sample(host).norm(dim=1).mean())
+    found = run(near_identity(host, subtracts=True, scale=1 / factor), host, text, tmp_path)
+    assert "scaled back" in found["warnings"][0]
+
+
+def test_decoder_rows_that_should_be_of_unit_norm(host, text, tmp_path) -> None:
+    sae = near_identity(host, subtracts=True, norm=1.0)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(1.5, 3, len(sae.W_dec))[:, None])
+    found = run(sae, host, text, tmp_path)
+    assert any(w.startswith("decoder rows: read as 'as stored'") for w in found["warnings"])
+
+
+def test_a_threshold_on_h_times_the_decoder_norm(host, text, tmp_path) -> None:
+    sae = near_identity(host, subtracts=True, norm=4.0)
+    with torch.no_grad():
+        sae.threshold.mul_(4.0)
+    found = run(sae, host, text, tmp_path)
+    assert any(w.startswith("thresholds compared with: read as 'h'") for w in found["warnings"])
+
+
+def test_another_layer(host, text, tmp_path) -> None:
+    found = run(near_identity(host, subtracts=True), host, text, tmp_path, hook="blocks.0.hook_resid_pre")
+    assert f"the checkpoint names the hook '{HOOK}'; it is read at 'blocks.0.hook_resid_pre'" in found["warnings"]
+
+
+def test_trained_without_bos_is_told(host, text, tmp_path) -> None:
+    sae = near_identity(host, subtracts=True)
+    sae.cfg.metadata.prepend_bos = False
+    assert any("without BOS" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
+
+
+def test_another_width(host, text, tmp_path) -> None:
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=8, d_sae=16))
+    with pytest.raises(ValueError, match=r"d_in 8, the host .* d_model 16"):
+        run(sae, host, text, tmp_path)
