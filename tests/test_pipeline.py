@@ -167,15 +167,7 @@ class TestRefusals:
         self.refused(r"blocks\.1\.hook_resid_post", teacher, host, "blocks.1.hook_resid_pots", text, out=tmp_path / "o")
 
     def test_width(self, teacher, text, tmp_path_factory, tmp_path):
-        import tiny_host
-        from transformers import AutoModelForCausalLM
-
-        wide = tmp_path_factory.mktemp("wide")
-        model = AutoModelForCausalLM.from_config(
-            tiny_host.LlamaConfig(**{**tiny_host.SMALL, "hidden_size": 24}, num_key_value_heads=1)
-        )
-        model.save_pretrained(wide)
-        tiny_host.tiny_tokenizer().save_pretrained(wide)
+        wide = save_tiny(tmp_path_factory.mktemp("wide"), "llama-24")
         self.refused("d_in 16, the host .* d_model 24", teacher, str(wide), HOOK, text, out=tmp_path / "o")
 
     def test_teacher(self, host, text, tmp_path):

@@ -30,6 +30,7 @@ SMALL = SIZES | {
 }
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
+    "llama-24": LlamaConfig(**{**SMALL, "hidden_size": 24}, num_key_value_heads=1),
     "gemma3": Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=64),
     "gemma3-window": Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=5),
     "gemma2": Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5),

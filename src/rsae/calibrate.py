@@ -95,8 +95,9 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     if threshold is None:
         sae.get_parameter("b_gate" if architecture == "gated" else "b_enc").data.sub_(edge)
     else:
-        # theta -> c theta moves theta s^alpha by c^(1 - alpha)
-        threshold.data.mul_(edge ** (1 / (1 - alpha)))
+        # theta -> c theta moves theta s^alpha by c^(1 - alpha). Where there are fewer positive pre-activations than latents to be
+        # active, the edge is not positive, and the thresholds go to where next to all of the positive ones are above them
+        threshold.data.mul_(max(max(edge, 0.0) ** (1 / (1 - alpha)), 1e-6))
     return sae
 
 

@@ -297,6 +297,17 @@ def report(
 
 
 @app.command()
+def track(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    project: Annotated[str, typer.Option(help="The W&B project.")] = "rsae",
+) -> None:
+    """Send the logs and metrics of a run to Weights & Biases (`pip install "rsae[track]"`). Nothing is sent by itself."""
+    from rsae.tracking import track as send
+
+    print(f"arms sent to W&B: {send(run, project)}")
+
+
+@app.command()
 def fit(
     gate: Annotated[str, typer.Argument(help="relu, jumprelu, heaviside, sign or abs.")],
     degree: Annotated[tuple[int, int], typer.Option(help="P Q: degrees of numerator and denominator.")] = (9, 8),

@@ -1,0 +1,40 @@
+"""A finished run sent to Weights & Biases: the training logs of its arms, and its metrics as the summary. Never by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rsae.artefacts import read_json
+
+
+def track(run: str | Path, project: str = "rsae") -> int:
+    """Log a run folder to W&B, each fine-tuned arm as its own run in a group of the folder's name.
+
+    Without network set WANDB_MODE=offline, and `wandb sync` sends it later.
+
+    Returns:
+        The number of arms logged.
+
+    Raises:
+        ValueError: wandb is not installed, or the folder holds no finished arm.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError('wandb is not installed: pip install "rsae[track]"') from error
+    run = Path(run)
+    arms = [arm for arm in ("control", "rsae") if (run / arm / "log.jsonl").exists()]
+    if not arms:
+        raise ValueError(f"{run} holds no log.jsonl in control/ or rsae/: is it a run folder?")
+    metrics: dict[str, Any] = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+    for arm in arms:
+        config = read_json(run / arm / "finetune.json")["config"]
+        session = wandb.init(project=project, group=run.name, name=f"{run.name}-{arm}", config=config)
+        for line in (run / arm / "log.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            session.log(row, step=row["step"])
+        session.summary.update({k: v for k, v in metrics.get(arm, {}).items() if isinstance(v, (int, float))})
+        session.finish()
+    return len(arms)

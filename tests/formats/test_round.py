@@ -1,0 +1,89 @@
+"""The full round: a checkpoint of each format is upgraded on a tiny model, and SAELens reads what comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_dictionary_learning as dictionary_learning
+import test_gemma_scope as gemma_scope
+import test_llama_scope as llama_scope
+import test_named as named
+import test_openai as openai
+import test_sparsify as sparsify
+import torch
+from sae_lens import SAE
+from tiny_host import save_tiny
+
+from rsae.artefacts import read_json
+from rsae.finetune import FinetuneConfig
+from rsae.pipeline import UpgradeConfig, upgrade
+from rsae.sae import RationalSAE
+from rsae.teachers import load_teacher
+
+HOOK = "blocks.1.hook_resid_post"
+CONFIG = UpgradeConfig(
+    train_tokens=1500, validation_tokens=300, evaluation_tokens=300, ce_tokens=100, context_length=16,
+    finetune=FinetuneConfig(steps=20, batch_size=64),
+)  # fmt: skip
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "gemma scope": lambda folder: gemma_scope.write(folder),
+    "gemma scope 2": lambda folder: gemma_scope.write(folder, gemma_scope.SECOND, gemma_scope.CONFIG),
+    **{
+        f"dictionary_learning {name}": lambda folder, name=name: dictionary_learning.write(folder, name)
+        for name in dictionary_learning.CLASSES
+    },
+    "sparsify": sparsify.write,
+    "openai topk": lambda folder: openai.save(folder, openai.state_dict("TopK")),
+    "openai relu": lambda folder: openai.save(folder, openai.state_dict("ReLU")),
+    "llama scope": llama_scope.write_first,
+    "llamascopium": lambda folder: folder.mkdir() or llama_scope.write_second(folder),
+    **{
+        f"named {family}": lambda folder, family=family: named.write(folder, named.description(family))
+        for family in ("relu", "jumprelu", "topk", "gated")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("host"), "llama-24"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    lines = [" ".join(f"w{i}" for i in torch.randint(0, 58, (30,), generator=generator)) for _ in range(600)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_round(name, host, text, tmp_path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    checkpoint = WRITERS[name](tmp_path / "checkpoint" / "of it")
+    teacher = load_teacher(checkpoint)
+    metrics = upgrade(
+        checkpoint, host, HOOK, text, tmp_path / "run", config=CONFIG, trust=True
+    )  # random weights agree with nothing
+    run = tmp_path / "run"
+    assert (run / "report.html").exists()
+    assert read_json(run / "preflight.json")["fingerprint"] == teacher.fingerprint
+    assert type(SAE.load_from_disk(run / "control")) is type(teacher.sae)
+    x = torch.randn(200, 24, generator=torch.Generator().manual_seed(0)) + 0.5
+    with torch.no_grad():
+        init = SAE.load_from_disk(run / "init")
+        torch.testing.assert_close(init(x), teacher.sae(x), rtol=1e-4, atol=1e-4)
+        rsae = SAE.load_from_disk(run / "rsae")
+        assert type(rsae) is RationalSAE
+        rsae.save_model(tmp_path / "again")
+        again = load_teacher(tmp_path / "again").sae
+        assert torch.equal(again(x), rsae(x))
+        assert not torch.equal(rsae(x), init(x))
+    assert metrics["rsae"]["fvu"] < metrics["init"]["fvu"]
+    assert metrics["rsae"]["l0"] == pytest.approx(
+        metrics["control"]["l0"], rel=0.2
+    )  # 300 tokens matched, 300 others measured
