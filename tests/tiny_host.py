@@ -30,13 +30,13 @@ SMALL = SIZES | {
 }
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
-    "llama-24": LlamaConfig(**{**SMALL, "hidden_size": 24}, num_key_value_heads=1),
     "gemma3": Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=64),
     "gemma3-window": Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=5),
     "gemma2": Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5),
     "gpt2": GPT2Config(**SIZES, n_embd=16, n_layer=3, n_head=2, n_positions=128),
     "neox": GPTNeoXConfig(**SMALL),
 }
+WIDER = {"llama-24": LlamaConfig(**{**SMALL, "hidden_size": 24}, num_key_value_heads=1)}
 
 
 def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -50,7 +50,7 @@ def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 def save_tiny(folder: Path, kind: str = "llama", *, tokenizer: bool = True) -> Path:
     """Write a 3-layer random model of the given architecture; weights are large enough for its logits to differ."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    model = AutoModelForCausalLM.from_config((CONFIGS | WIDER)[kind])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name:
