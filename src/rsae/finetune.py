@@ -251,7 +251,7 @@ class ReLUTrainee(SparseTrainee):
         self.price.fill_(max(1e-3, balance.item()))
 
     def choose(self, h: Tensor) -> sparse.Entries:
-        return sparse.Entries.of(h > 0)
+        return sparse.Entries.above(h, share=0.0)[0]
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         return h.relu()
@@ -309,9 +309,7 @@ class TopKTrainee(SparseTrainee):
         self.k: int = sae.cfg.k
 
     def choose(self, h: Tensor) -> sparse.Entries:
-        top = h.topk(self.k, dim=1, sorted=False).indices
-        rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k)
-        return sparse.Entries(rows, top.view(-1), (h.shape[0], h.shape[1]))
+        return sparse.Entries.largest(h, self.k)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         return h.relu()
@@ -346,13 +344,12 @@ class ThresholdTrainee(SparseTrainee):
         return [self.log_threshold, *(self.amplitude.trained() if self.amplitude is not None else [])]
 
     def choose(self, h: Tensor) -> sparse.Entries:
-        relative = h / self.log_threshold.detach().exp().to(h.dtype)
-        lowest: Tensor | float = 1 - 0.5 * self.surrogate.bandwidth
-        self.follow: Tensor | None = None
-        if self.k is not None:
-            self.follow = sample_scale(relative, self.k).float() ** self.alpha
-            lowest = (lowest * self.follow).to(h.dtype)
-        return sparse.Entries.of(relative > lowest)
+        share = 1 - 0.5 * self.surrogate.bandwidth
+        entries, scale = sparse.Entries.above(
+            h, self.log_threshold.detach().exp(), share=share, k=self.k, alpha=self.alpha
+        )
+        self.follow = None if scale is None else scale**self.alpha
+        return entries
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         threshold = self.log_threshold.exp()[entries.latents]

@@ -6,7 +6,7 @@ P has degree p and A degree q without constant term, so the denominator Q = 1 + 
 Molina et al., 2020, arXiv:1907.06732). Outside the design interval [-1, 1] the gate goes on with the slopes of the gates that it
 replaces, 0 below and 1 above. Written in u, with `centre` where Q is smallest, float32 is enough; in h/C_in it is not.
 
-Knows torch and nothing else.
+Knows torch and the kernels.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from rsae import kernels
+
 # Elements worked on at a time: the few temporaries of a chunk stay in cache, and memory does not grow with the degree.
 CHUNK = 1 << 16
+# The least scale of a sample: all positive pre-activations are above it
+SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 Support = Literal["dense", "hard"]
 
@@ -60,6 +64,12 @@ class _Rational(torch.autograd.Function):
         dtype = _working_dtype(h)
         num, den = num.to(dtype), _with_zero(den.to(dtype))
         out = torch.empty_like(h)
+        if (lib := _kernels(h, num, den, C_in, C_out)) is not None:
+            lib.over(
+                "rational_forward", -(-h.numel() // kernels.BLOCK), h.numel(), h, C_in, C_in.ndim, C_out, C_out.ndim,
+                num, len(num), den, len(den), centre, scale, out,
+            )  # fmt: skip
+            return out
         for h_i, C_in_i, C_out_i, out_i in _chunks(h, C_in, C_out, out):
             h_i, C_in_i, C_out_i = h_i.to(dtype), C_in_i.to(dtype), C_out_i.to(dtype)
             u = (h_i / C_in_i).clamp_(-1, 1).sub_(centre).div_(scale)
@@ -75,6 +85,23 @@ class _Rational(torch.autograd.Function):
         dtype = _working_dtype(h)
         a, b = num.to(dtype), _with_zero(den.to(dtype))
         a_prime, b_prime = _derivative(a), _derivative(b)
+        if (lib := _kernels(h, grad := grad.contiguous(), a, b, C_in, C_out)) is not None:
+            blocks = -(-h.numel() // kernels.BLOCK)
+            d_h, d_C_in, d_C_out = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
+            d_num, d_den = (torch.empty(blocks, len(c), dtype=torch.float64) for c in (a, b))
+            lib.over(
+                "rational_backward", blocks, h.numel(), h, grad, C_in, C_in.ndim, C_out, C_out.ndim, a, a_prime, len(a),
+                b, b_prime, len(b), ctx.centre, ctx.scale, d_h, d_C_in, d_C_out, d_num, d_den,
+            )  # fmt: skip
+            return (
+                d_h,
+                d_num.sum(0).to(num.dtype),
+                d_den.sum(0)[1:].to(den.dtype),
+                d_C_in.sum_to_size(C_in.shape),
+                d_C_out.sum_to_size(C_out.shape),
+                None,
+                None,
+            )
         d_num, d_den = torch.zeros_like(a), torch.zeros_like(b)
         d_h = torch.empty_like(h)
         d_C_in, d_C_out = torch.zeros_like(C_in, dtype=dtype), torch.zeros_like(C_out, dtype=dtype)
@@ -110,6 +137,13 @@ class _Rational(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _kernels(h: Tensor, *others: Tensor) -> kernels.Kernels | None:
+    """The compiled kernels, if they take these: a list of entries, with scales for all or for each."""
+    C_in, C_out = others[-2:]
+    fits = h.ndim == 1 and all(C.ndim == 0 or C.shape == h.shape for C in (C_in, C_out))
+    return kernels.usable(h, *others) if fits else None
 
 
 def _working_dtype(h: Tensor) -> torch.dtype:
@@ -442,7 +476,7 @@ def sample_scale(h: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*ba
     """
     top = h.detach().topk(min(k + 1, h.shape[-1]), dim=-1).values
     edge = top[..., -2:].mean(-1, keepdim=True) if k < h.shape[-1] else torch.zeros_like(top[..., :1])
-    return edge.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+    return edge.clamp(min=SMALLEST)
 
 
 def _unit(fit: Tensor) -> Tensor:

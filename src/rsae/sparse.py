@@ -3,7 +3,8 @@
 A latent that is exactly 0 costs nothing in the decoder, in the loss or in any gradient. So after the one dense product that
 gives the pre-activations, everything works on a list of entries: the active latents and those near enough to their edge to learn.
 
-Products over all latents run in bfloat16 with float32 accumulation; sums over entries in float32. Knows torch and nothing else.
+Products over all latents run in bfloat16 with float32 accumulation; sums over entries in float32. What torch has no fused operation
+for is done by kernels.c where there is a C compiler, else by what torch has. Knows torch and the kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rsae import kernels
+from rsae.rational import SMALLEST, sample_scale
+
 
 class Entries:
     """Some entries of a (batch, d_sae) matrix, in the order of its rows.
@@ -23,10 +27,17 @@ class Entries:
     Attributes:
         rows, latents: (n,) int64, where each entry stands.
         shape: (batch, d_sae).
+        values: (n,) float32, what stands there, if it is known already.
     """
 
-    def __init__(self, rows: Int[Tensor, " n"], latents: Int[Tensor, " n"], shape: tuple[int, int]) -> None:
-        self.rows, self.latents, self.shape = rows, latents, shape
+    def __init__(
+        self,
+        rows: Int[Tensor, " n"],
+        latents: Int[Tensor, " n"],
+        shape: tuple[int, int],
+        values: Float[Tensor, " n"] | None = None,
+    ) -> None:
+        self.rows, self.latents, self.shape, self.values = rows, latents, shape, values
 
     @classmethod
     def of(cls, mask: Bool[Tensor, "batch d_sae"]) -> Entries:
@@ -35,6 +46,41 @@ class Entries:
         flat = mask.view(-1).nonzero().squeeze(1)
         rows = flat.div(d_sae, rounding_mode="floor")
         return cls(rows, flat - rows * d_sae, (batch, d_sae))
+
+    @classmethod
+    def above(
+        cls,
+        h: Float[Tensor, "batch d_sae"],
+        threshold: Float[Tensor, " d_sae"] | None = None,
+        *,
+        share: float = 1.0,
+        k: int | None = None,
+        alpha: float = 0.0,
+    ) -> tuple[Entries, Float[Tensor, "batch 1"] | None]:
+        """The entries with h > share * threshold_j * s^alpha, and s: `rsae.rational.sample_scale` of h/threshold, if there is a k.
+
+        Args:
+            h: bfloat16.
+            threshold: positive; None: 1, and with a `share` of 0 the positive entries.
+        """
+        inverse = None if threshold is None else threshold.float().reciprocal()
+        if (lib := _kernels(h)) is not None:
+            scale, entries = _entries(lib, h, inverse, k or 0, alpha, share, exact=False)
+            return entries, None if k is None else scale
+        relative = h.float() if inverse is None else h.float() * inverse
+        if k is None:
+            return cls.of(relative > share), None
+        scale = sample_scale(relative, k)
+        return cls.of(relative > share * scale**alpha), scale
+
+    @classmethod
+    def largest(cls, h: Float[Tensor, "batch d_sae"], k: int) -> Entries:
+        """The k largest of each row; of equal ones, any."""
+        if (lib := _kernels(h)) is not None and k < h.shape[1]:
+            return _entries(lib, h, None, k, 0.0, 1.0, exact=True)[1]
+        top = h.topk(k, dim=1, sorted=False).indices
+        rows = torch.arange(len(h), device=h.device).repeat_interleave(k)
+        return cls(rows, top.view(-1), (h.shape[0], h.shape[1]))
 
     @cached_property
     def flat(self) -> Int[Tensor, " n"]:
@@ -49,10 +95,17 @@ class Entries:
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " d_sae"]]:
         """The order that sorts the entries by latent, and where those of each latent begin in it."""
-        return self.latents.argsort(stable=True), _offsets(self.latents, self.shape[1])
+        offsets = _offsets(self.latents, self.shape[1])
+        if self.latents.device.type == "cpu" and (lib := kernels.library()) is not None:
+            order = torch.empty_like(self.latents)
+            lib.once("sort_by_key", len(order), self.latents, offsets.clone(), order)
+            return order, offsets
+        return self.latents.argsort(stable=True), offsets
 
     def sum_by_row(self, weights: Float[Tensor, " n"], vectors: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
         """For each row: the sum over its entries of weight * vectors[latent]."""
+        if (lib := kernels.usable(weights, vectors)) is not None:
+            return _sums(lib, self.row_offsets, None, self.latents, weights, vectors)
         return F.embedding_bag(self.latents, vectors, self.row_offsets, mode="sum", per_sample_weights=weights)
 
     def sum_by_latent(
@@ -60,7 +113,53 @@ class Entries:
     ) -> Float[Tensor, "d_sae d"]:
         """For each latent: the sum over its entries of weight * vectors[row]."""
         order, offsets = self.by_latent
+        if (lib := kernels.usable(weights, vectors)) is not None:
+            return _sums(lib, offsets, order, self.rows, weights, vectors)
         return F.embedding_bag(self.rows[order], vectors, offsets, mode="sum", per_sample_weights=weights[order])
+
+    def dots(self, a: Float[Tensor, "batch d"], b: Float[Tensor, "d_sae d"]) -> Float[Tensor, " n"]:
+        """For each entry: the inner product of a[row] and b[latent]."""
+        if (lib := kernels.usable(a, b)) is not None:
+            out = a.new_empty(len(self.rows))
+            lib.over(
+                "dot_entries", len(a), a.shape[1], self.row_offsets, len(a), len(out), self.latents, a, b, out
+            )  # fmt: skip
+            return out
+        # One dense product and a gather: on processors with bfloat16 units it costs less than gathering both sides
+        return F.linear(a.bfloat16(), b.bfloat16()).view(-1)[self.flat].float()
+
+
+def _kernels(h: Tensor) -> kernels.Kernels | None:
+    """The kernels, if they take these pre-activations."""
+    fits = h.dtype == torch.bfloat16 and h.device.type == "cpu" and h.is_contiguous()
+    return kernels.library() if fits else None
+
+
+def _entries(
+    lib: kernels.Kernels, h: Tensor, inverse: Tensor | None, k: int, alpha: float, share: float, *, exact: bool
+) -> tuple[Tensor, Entries]:
+    """s of each row, (batch, 1), and the entries that `count_entries` in kernels.c describes."""
+    batch, d_sae = h.shape
+    scale, edge, count = torch.empty(batch, 1), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+    lib.over(
+        "count_entries", batch, d_sae, h, inverse, k, float(alpha), float(share), int(exact), SMALLEST, scale, edge, count
+    )  # fmt: skip
+    offsets = count.cumsum(0) - count
+    n = int(count.sum())
+    latents, rows, values = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n)
+    lib.over("fill_entries", batch, d_sae, h, inverse, int(exact), edge, offsets, count, latents, rows, values)
+    return scale, Entries(rows, latents, (batch, d_sae), values)
+
+
+def _sums(
+    lib: kernels.Kernels, offsets: Tensor, order: Tensor | None, index: Tensor, weights: Tensor, vectors: Tensor
+) -> Tensor:
+    """Weighted sums of the vectors of each group of entries, (groups, d)."""
+    out = vectors.new_empty(len(offsets), vectors.shape[1])
+    lib.over(
+        "sum_groups", len(out), out.shape[1], offsets, len(out), len(index), order, index, weights, vectors, out
+    )  # fmt: skip
+    return out
 
 
 def _offsets(index: Int[Tensor, " n"], bins: int) -> Int[Tensor, " bins"]:
@@ -83,7 +182,7 @@ class _Encode(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
         ctx.entries, ctx.subtracts = entries, b_dec is not None
-        return dense.view(-1)[entries.flat].float()
+        return dense.view(-1)[entries.flat].float() if entries.values is None else entries.values.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,9 +222,8 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         latents, W_dec = ctx.saved_tensors
         (grad,) = grad_outputs
-        # One dense product and a gather: on processors with bfloat16 units it costs less than a dot product for each entry
-        d_latents = F.linear(grad.bfloat16(), W_dec.bfloat16()).view(-1)[ctx.entries.flat].float()
-        return d_latents, ctx.entries.sum_by_latent(latents, grad), grad.sum(0), None
+        grad = grad.contiguous()
+        return ctx.entries.dots(grad, W_dec), ctx.entries.sum_by_latent(latents, grad), grad.sum(0), None
 
 
 def decode(

@@ -1,0 +1,200 @@
+"""The compiled kernels against the plain path, over shapes that are multiples of nothing; and what happens without a compiler."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsae import kernels, sparse
+from rsae.minimax import fit_gate
+from rsae.rational import rational, sample_scale
+
+SHAPES = [(1, 1, 1), (3, 5, 2), (7, 33, 17), (64, 100, 48), (13, 257, 640)]
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Switch to the plain path, and back to the kernels."""
+    compiled = kernels.library()
+    if compiled is None:
+        pytest.skip("no C compiler on this machine")
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(kernels, "library", lambda: None if on else compiled)
+
+    return switch
+
+
+def random_h(batch: int, d_sae: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, d_sae, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def both(plain, function):
+    results = []
+    for on in (True, False):
+        plain(on)
+        results.append(function())
+    return results
+
+
+@pytest.mark.parametrize(("batch", "d_sae", "d"), SHAPES)
+@pytest.mark.parametrize("share", [0.6, 100.0, -100.0], ids=["some", "none", "all"])
+@pytest.mark.parametrize("thresholds", [False, True])
+def test_entries_above_a_threshold(plain, batch, d_sae, d, share, thresholds) -> None:
+    h = random_h(batch, d_sae)
+    threshold = torch.linspace(0.5, 2.0, d_sae) if thresholds else None
+    (slow, _), (fast, scale) = both(plain, lambda: sparse.Entries.above(h, threshold, share=share))
+    assert scale is None
+    assert torch.equal(slow.rows, fast.rows)
+    assert torch.equal(slow.latents, fast.latents)
+    assert torch.equal(fast.values, h[fast.rows, fast.latents].float())
+    expected = {100.0: 0, -100.0: batch * d_sae}.get(share)
+    assert expected is None or len(fast.rows) == expected
+
+
+@pytest.mark.parametrize(("batch", "d_sae", "d"), SHAPES)
+@pytest.mark.parametrize("k", [1, 2, 7, 10_000])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_entries_that_follow_the_sample(plain, batch, d_sae, d, k, alpha) -> None:
+    h = random_h(batch, d_sae, seed=1)
+    h[0] = -1.0  # a sample with no positive pre-activation
+    threshold = torch.linspace(0.5, 2.0, d_sae)
+    (slow, s), (fast, t) = both(plain, lambda: sparse.Entries.above(h, threshold, share=0.7, k=k, alpha=alpha))
+    torch.testing.assert_close(s, t, rtol=1e-6, atol=0)
+    torch.testing.assert_close(t, sample_scale(h.float() * threshold.reciprocal(), k), rtol=1e-6, atol=0)
+    assert torch.equal(slow.flat, fast.flat)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10_000))
+def test_the_k_largest_with_ties(d_sae, k, seed) -> None:
+    if kernels.library() is None or k > d_sae:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randint(-3, 4, (5, d_sae), generator=generator).bfloat16()  # many equal values
+    entries = sparse.Entries.largest(h, k)
+    assert torch.equal(entries.rows, torch.arange(5).repeat_interleave(k))
+    for row in range(5):
+        mine = entries.latents[entries.rows == row]
+        assert len(mine.unique()) == k
+        assert torch.equal(h[row, mine].sort().values, h[row].topk(k).values.sort().values)
+
+
+def test_nan_stays_within_bounds() -> None:
+    h = random_h(6, 40)
+    h[2] = float("nan")
+    h[4, ::3] = float("nan")
+    entries = sparse.Entries.largest(h, 9)
+    assert len(entries.rows) == 54
+    assert 0 <= int(entries.latents.min()) <= int(entries.latents.max()) < 40
+    entries, _ = sparse.Entries.above(h, torch.ones(40), k=5, alpha=1.0)
+    assert 0 <= int(entries.latents.min()) <= int(entries.latents.max()) < 40
+
+
+@pytest.mark.parametrize(("batch", "d_sae", "d"), SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0], ids=["empty", "some", "full"])
+def test_sums_and_products_over_entries(plain, batch, d_sae, d, density) -> None:
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(batch, d_sae, generator=generator) < density
+    weights = torch.randn(int(mask.sum()), generator=generator)
+    weights[::3] = 0.0
+    W, x = torch.randn(d_sae, d, generator=generator), torch.randn(batch, d, generator=generator)
+
+    def results():
+        entries = sparse.Entries.of(mask)
+        return (
+            entries.by_latent[0],
+            entries.sum_by_row(weights, W),
+            entries.sum_by_latent(weights, x),
+            entries.dots(x, W),
+        )
+
+    (order, *slow), (fast_order, *fast) = both(plain, results)
+    assert torch.equal(order, fast_order)
+    dense = torch.zeros(batch, d_sae, dtype=torch.float64)
+    dense[mask] = weights.double()
+    exact = (dense @ W.double(), dense.T @ x.double(), (x.double() @ W.double().T)[mask])
+    for mine, theirs, reference, tolerance in zip(fast, slow, exact, (1e-5, 1e-5, 2e-2), strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=2e-5)
+        # without the kernels the products are made in bfloat16
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * d**0.5)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 3000])
+@pytest.mark.parametrize("per_entry", [False, True])
+@pytest.mark.parametrize("degree", [(9, 8), (3, 2), (1, 0)])
+def test_the_rational_and_its_gradients(plain, n, per_entry, degree) -> None:
+    fit = fit_gate("jumprelu", degree, theta=0.1, delta=0.005) if degree[1] > 2 else fit_gate("relu", degree)
+    generator = torch.Generator().manual_seed(n)
+    shape = (n,) if per_entry else ()
+    tensors = {
+        "h": 2 * torch.randn(n, generator=generator),
+        "num": torch.tensor(fit.num_coeffs, dtype=torch.float32),
+        "den": torch.tensor(fit.den_coeffs, dtype=torch.float32),
+        "C_in": 0.5 + torch.rand(shape, generator=generator),
+        "C_out": 0.5 + torch.rand(shape, generator=generator),
+    }
+    grad = torch.randn(n, generator=generator)
+
+    def results():
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        out = rational(*leaves.values(), fit.centre, fit.scale)
+        out.backward(grad)
+        return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+    slow, fast = both(plain, results)
+    for name, value in slow.items():
+        scale = float(value.abs().max()) if value.numel() else 1.0
+        torch.testing.assert_close(
+            fast[name], value, rtol=1e-5, atol=1e-5 * max(scale, 1.0), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_results_do_not_depend_on_the_number_of_threads(plain) -> None:
+    plain(False)
+    compiled = kernels.library()
+    h, threshold = random_h(50, 300), torch.full((300,), 1.5)
+    x, W = torch.randn(50, 20), torch.randn(300, 20)
+
+    def results():
+        entries, _ = sparse.Entries.above(h, threshold, share=0.6, k=9, alpha=0.5)
+        weights = entries.values
+        return entries.flat, entries.sum_by_latent(weights, x), entries.dots(x, W)
+
+    before, threads = results(), compiled._threads
+    try:
+        compiled._threads = 7
+        for one, other in zip(before, results(), strict=True):
+            assert torch.equal(one, other)
+    finally:
+        compiled._threads = threads
+
+
+@pytest.mark.parametrize("failing", ["no compiler", "a compiler that fails"])
+def test_without_the_kernels_one_line_says_so(monkeypatch, caplog, failing, tmp_path) -> None:
+    monkeypatch.setenv("RSAE_CACHE", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if failing == "no compiler":
+        monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    else:
+
+        def run(command, **options):
+            raise subprocess.CalledProcessError(1, command, stderr="internal compiler error")
+
+        monkeypatch.setattr(kernels.subprocess, "run", run)
+        monkeypatch.setattr(kernels.shutil, "which", lambda name: "/usr/bin/cc")
+    kernels.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="rsae"):
+            assert kernels.library() is None
+            assert kernels.library() is None
+        (record,) = caplog.records
+        assert "plain path" in record.getMessage()
+        assert ("no C compiler" if failing == "no compiler" else "internal compiler error") in record.getMessage()
+    finally:
+        kernels.library.cache_clear()
