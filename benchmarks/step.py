@@ -12,28 +12,40 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 
+from rsae import kernels
 from rsae.allocator import keep_pages
-from rsae.finetune import FinetuneConfig, trainee_for
-from rsae.pretrain import initial_sae
+from rsae.calibrate import calibrate
+from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, _resolved, trainee_for
 from rsae.sae import RationalSAE
+from rsae.sparse import pre_activations
 
 D_IN, D_SAE, BATCH, L0 = 640, 5120, 2048, 32
 
 
 class Activations:
-    """Random activations: the time of a step does not depend on what they say."""
+    """Sums of a few directions of a dictionary and noise: as on a real model, about twice L0 of the latents are near their edge."""
 
-    d_in, mean = D_IN, torch.zeros(D_IN)
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.directions = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
+        self.d_in, self.mean, self.fingerprint = D_IN, torch.zeros(D_IN), ""
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0):
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed + 1000 * start)
         while True:
-            yield torch.randn(batch_size, D_IN)
+            chosen = torch.rand(batch_size, D_SAE, generator=generator).topk(L0, dim=1).indices
+            weights = 1 + 0.3 * torch.rand(batch_size, L0, generator=generator)
+            noise = 0.02 * torch.randn(batch_size, D_IN, generator=generator)
+            yield torch.zeros(batch_size, D_SAE).scatter_(1, chosen, weights) @ self.directions + noise
+
+    def iterate(self, batch_size: int) -> Iterator[tuple[torch.Tensor, None]]:
+        yield next(self.batches(batch_size, seed=1)), None
 
 
 def median_ms(step: Callable[[], object], runs: int = 12, warmup: int = 3) -> float:
@@ -46,19 +58,41 @@ def median_ms(step: Callable[[], object], runs: int = 12, warmup: int = 3) -> fl
     return sorted(times[warmup:])[runs // 2]
 
 
-def ours(x: torch.Tensor) -> Callable[[], object]:
-    """The step of `rsae.finetune` for an RSAE with hard support, made from a TopK."""
-    teacher = initial_sae("jumprelu", Activations(), d_sae=D_SAE, l0=L0, seed=0)  # type: ignore[arg-type]
-    trainee = trainee_for(RationalSAE.from_teacher(teacher), 1.0, FinetuneConfig())
+def ours(data: Activations, x: torch.Tensor) -> tuple[SparseTrainee, Callable[[], object]]:
+    """The step of `rsae.finetune` for an RSAE with hard support, made from a TopK that knows the dictionary."""
+    teacher = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=L0))
+    with torch.no_grad():
+        teacher.W_dec.copy_(data.directions)
+        teacher.W_enc.copy_(data.directions.T)
+        teacher.b_enc.fill_(-0.22)  # so that the tail of the interference is as thin as a trained encoder's
+    init = calibrate(RationalSAE.from_teacher(teacher), [x])
+    config = _resolved(FinetuneConfig(), init)
+    trainee = trainee_for(_ready_to_train(init, data, config, L0), 1.0, config)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        trainee(x).loss.backward()
+        result = trainee(trainee.inputs(x))
+        result.loss.backward()
         optimizer.step()
         trainee.constrain()
+        trainee.steer(result.l0.item(), L0)
 
-    return step
+    assert isinstance(trainee, SparseTrainee)
+    return trainee, step
+
+
+def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
+    """The same step by what torch alone has."""
+
+    def plain() -> None:
+        found, kernels.library = kernels.library, lambda: None
+        try:
+            step()
+        finally:
+            kernels.library = found
+
+    return plain
 
 
 def saelens(x: torch.Tensor, autocast: bool) -> Callable[[], object]:
@@ -97,25 +131,32 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
     keep_pages()
-    x = torch.randn(BATCH, D_IN)
+    data = Activations()
+    x = next(data.batches(BATCH, seed=0))
+    trainee, step = ours(data, x)
     ms = {
-        "rsae": median_ms(ours(x)),
+        "rsae": median_ms(step),
+        "rsae_plain": median_ms(without_kernels(step)),
         "saelens_fp32": median_ms(saelens(x, autocast=False), runs=5, warmup=1),
         "saelens_bf16": median_ms(saelens(x, autocast=True), runs=5, warmup=1),
         "floor": median_ms(floor(x)),
     }
+    h = pre_activations(x - trainee.b_dec.detach(), trainee.W_enc, trainee.b_enc)
+    entries = len(trainee.choose(h).rows) / BATCH
     result = {
         "tokens_per_s": round(1e3 * BATCH / ms["rsae"]),
         "vs_saelens_fp32": round(ms["saelens_fp32"] / ms["rsae"], 2),
         "vs_saelens_bf16": round(ms["saelens_bf16"] / ms["rsae"], 2),
         "vs_floor": round(ms["rsae"] / ms["floor"], 2),
+        "vs_plain": round(ms["rsae_plain"] / ms["rsae"], 2),
+        "entries_per_token": round(entries, 1),
         "ms": {name: round(value, 1) for name, value in ms.items()},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     if as_json:
         print(json.dumps(result))
         return
-    print(f"step of {BATCH} x {D_IN} -> {D_SAE}, L0 {L0}; {result['machine']}")
+    print(f"step of {BATCH} x {D_IN} -> {D_SAE}, L0 {L0}, {entries:.0f} entries a token; {result['machine']}")
     for name, value in ms.items():
         print(f"  {name:<14}{value:>8.1f} ms  {value / ms['rsae']:>6.2f} x ours")
 

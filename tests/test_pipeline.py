@@ -12,6 +12,7 @@ from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
 from rsae.hosts import load_host
 from rsae.pipeline import ARMS, UpgradeConfig, demo, upgrade
+from rsae.sae import RationalSAE
 
 HOOK = "blocks.1.hook_resid_post"
 CONFIG = UpgradeConfig(
@@ -178,7 +179,16 @@ class TestRefusals:
 
         near_identity(load_host(host), subtracts=True, declared=False).save_model(tmp_path / "teacher")
         message = "does not read as it declares: b_dec before the encoder: read as 'not subtracted'.*--trust"
-        self.refused(message, tmp_path / "teacher", host, HOOK, text, out=tmp_path / "o")
+        with pytest.raises(ValueError, match=message):
+            upgrade(tmp_path / "teacher", host, HOOK, text, tmp_path / "o", config=CONFIG)
+        assert [file.name for file in (tmp_path / "o").iterdir()] == ["preflight.json"]
+        upgrade(tmp_path / "teacher", host, HOOK, text, tmp_path / "o", config=CONFIG, trust=True)
+        assert "CONTRADICTED, and trusted" in (tmp_path / "o" / "report.html").read_text()
+
+    def test_an_rsae_without_zeros(self, teacher, host, text, tmp_path):
+        dense = RationalSAE.from_teacher(SAE.load_from_disk(teacher), support="dense")
+        dense.save_model(tmp_path / "dense")
+        self.refused("dense support.*--objective l1", tmp_path / "dense", host, HOOK, text, out=tmp_path / "o")
 
     def test_another_run_in_the_folder(self, demo_run, host, text):
         out = demo_run[0]

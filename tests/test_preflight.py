@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from tiny_host import save_tiny
 
@@ -41,7 +43,13 @@ def sample(host: Host) -> torch.Tensor:
 
 
 def near_identity(
-    host: Host, *, subtracts: bool, declared: bool | None = None, scale: float = 1.0, norm: float = 1.0
+    host: Host,
+    *,
+    subtracts: bool,
+    declared: bool | None = None,
+    scale: float = 1.0,
+    norm: float = 1.0,
+    x: torch.Tensor | None = None,
 ) -> JumpReLUSAE:
     """A JumpReLU that gives every coordinate back while it is between two bounds: x_hat = low + relu(x - low) - relu(x - high).
 
@@ -49,8 +57,9 @@ def near_identity(
         subtracts: whether b_dec has to be subtracted; declared: what the checkpoint says of it, by default the same.
         scale: the factor by which its inputs have to be multiplied.
         norm: of the decoder rows, which encoder and threshold make up for.
+        x: what it has to give back, if not the host's activations.
     """
-    x = scale * sample(host)
+    x = scale * sample(host) if x is None else x
     d = x.shape[1]
     low, high = x.mean(0) - 1.7 * x.std(0), x.mean(0) + 1.7 * x.std(0)
     metadata = SAEMetadata(hook_name=HOOK, model_name="tiny", prepend_bos=True)
@@ -68,7 +77,7 @@ def near_identity(
     return sae
 
 
-def run(sae: JumpReLUSAE, host: Host, text: str, folder: Path, hook: str = HOOK) -> dict:
+def run(sae: JumpReLUSAE | TopKSAE, host: Host, text: str, folder: Path, hook: str = HOOK) -> dict:
     sae.save_model(folder / "teacher")
     teacher = load_teacher(folder / "teacher")
     return preflight(
@@ -127,6 +136,92 @@ def test_a_threshold_on_h_times_the_decoder_norm(host, text, tmp_path) -> None:
         sae.threshold.mul_(4.0)
     found = run(sae, host, text, tmp_path)
     assert any(w.startswith("thresholds compared with: read as 'h'") for w in found["warnings"])
+
+
+def test_layer_norm_that_is_not_declared(host, text, tmp_path) -> None:
+    x = sample(host)
+    normed = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+    sae = near_identity(host, subtracts=True, x=normed)
+    found = run(sae, host, text, tmp_path)
+    assert found["verdict"] == "contradicted"
+    assert "as 'layer_norm'" in found["warnings"][0]
+    sae.cfg.normalize_activations = "layer_norm"
+    assert run(sae, host, text, tmp_path / "right")["verdict"] == "agrees"
+
+
+def test_layer_norm_that_is_declared_wrongly(host, text, tmp_path) -> None:
+    sae = near_identity(host, subtracts=True)
+    sae.cfg.normalize_activations = "layer_norm"
+    found = run(sae, host, text, tmp_path)
+    assert any(w.startswith("inputs: read as 'layer_norm'") and "as 'none'" in w for w in found["warnings"])
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_the_k_largest_of_h_times_the_decoder_norm(host, text, tmp_path, declared) -> None:
+    """One half of the latents has long rows and small pre-activations: by h alone they would never be among the k largest."""
+    d, good = host.d_model, near_identity(host, subtracts=True)
+    sae = TopKSAE(TopKSAEConfig(d_in=d, d_sae=2 * d, k=d, rescale_acts_by_decoder_norm=declared))
+    norms = torch.cat([torch.full((d,), 20.0), torch.full((d,), 0.05)])
+    high = sample(host).mean(0) + 1.7 * sample(host).std(0)
+    with torch.no_grad():
+        # x_hat = high - relu(high - x): those are the long rows; what the others say is noise
+        sae.W_enc.copy_(torch.cat([-torch.eye(d) / 20, 5 * torch.eye(d)], dim=1))
+        sae.W_dec.copy_(torch.cat([-torch.eye(d), torch.eye(d).roll(1, 0)]) * norms[:, None])
+        sae.b_enc.copy_(torch.cat([torch.zeros(d), 5 * (high - good.b_dec)]))
+        sae.b_dec.copy_(high)
+    if declared:  # latents come out multiplied by the norms, and the decoder divides by them
+        found = run(sae, host, text, tmp_path)
+        assert not any(w.startswith("the k largest of") for w in found["warnings"])
+    else:
+        found = run(sae, host, text, tmp_path)
+        assert any(w.startswith("the k largest of: read as 'h'") for w in found["warnings"])
+
+
+def test_worse_than_the_mean(host, text, tmp_path) -> None:
+    sae = near_identity(host, subtracts=True)
+    with torch.no_grad():
+        sae.W_dec.copy_(sae.W_dec.flip(0).roll(3, 1))
+    found = run(sae, host, text, tmp_path)
+    assert found["verdict"] == "contradicted"
+    assert any("worse than the mean activation" in w for w in found["warnings"])
+
+
+def test_a_shrunk_relu_is_no_contradiction(host, text, tmp_path) -> None:
+    """Rows a little shorter than 1 and latents shrunk by l1: a longer decoder reconstructs better, and is not what was trained."""
+    sae = near_identity(host, subtracts=True)
+    with torch.no_grad():
+        sae.W_dec.mul_(0.97)
+    assert not any(w.startswith("decoder rows") for w in run(sae, host, text, tmp_path)["warnings"])
+
+
+def test_a_decoder_row_of_zeros_hides_nothing(host, text, tmp_path) -> None:
+    sae = near_identity(host, subtracts=True)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(1.5, 3, len(sae.W_dec))[:, None])
+        sae.W_dec[5] = 0.0
+    assert any(w.startswith("decoder rows: read as 'as stored'") for w in run(sae, host, text, tmp_path)["warnings"])
+
+
+def test_attention_heads_are_refused(host, text, tmp_path) -> None:
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=16, d_sae=32, reshape_activations="hook_z"))
+    with pytest.raises(ValueError, match="attention heads"):
+        run(sae, host, text, tmp_path)
+
+
+def test_the_command(host, text, tmp_path) -> None:
+    near_identity(host, subtracts=True, declared=False).save_model(tmp_path / "teacher")
+    host.model.save_pretrained(tmp_path / "host")
+    host.tokenizer.save_pretrained(tmp_path / "host")
+    arguments = [str(tmp_path / "teacher"), "--host", str(tmp_path / "host"), "--hook", HOOK, "--text", text]
+    out = str(tmp_path / "found")
+    done = subprocess.run(
+        [sys.executable, "-m", "rsae", "inspect", *arguments, "--out", out, "--tokens", "2000"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "CONTRADICT" in done.stdout
+    assert "b_dec before the encoder" in done.stdout
+    assert json.loads((tmp_path / "found" / "preflight.json").read_text())["verdict"] == "contradicted"
 
 
 def test_another_layer(host, text, tmp_path) -> None:

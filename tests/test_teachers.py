@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rsae.sae import RationalSAE
 from rsae.teachers import load_teacher
+from rsae.teachers.hub import _wanted, from_release
 
 FAMILIES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
 
@@ -131,8 +133,10 @@ def test_a_file_is_missing(folder, name) -> None:
     assert f"{folder} has no {name}" in message
 
 
-def test_a_file_instead_of_a_folder(folder) -> None:
-    assert "sae_weights.safetensors" in refusal(folder / "sae_weights.safetensors")
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_file_stands_for_its_folder(folder, make_teacher, x, name) -> None:
+    with torch.no_grad():
+        assert torch.equal(load_teacher(folder / name).sae(x), make_teacher("jumprelu")(x))
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
@@ -252,6 +256,26 @@ def test_an_unknown_key_of_a_rational_configuration(make_teacher, tmp_path) -> N
     message = refusal(tmp_path)
     assert "unknown keys ['num_coefs']" in message
     assert "'num_coeffs'" in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("standard", {"activation_fn_str": "tanh-relu"}, "activation 'tanh-relu', which SAELens would read as relu"),
+        ("standard", {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm, which SAELens drops"),
+        ("jumprelu", {"apply_b_dec_to_inputs": False}, "'apply_b_dec_to_inputs', which SAELens drops in silence"),
+    ],
+)
+def test_what_saelens_would_drop_in_silence(make_teacher, tmp_path, architecture, changes, message) -> None:
+    make_teacher(architecture).save_model(tmp_path)
+    edit_config(tmp_path, **changes)
+    assert message in refusal(tmp_path)
+
+
+def test_a_pointer_of_git_lfs(tmp_path) -> None:
+    (tmp_path / "ae.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
+    assert "git lfs pull" in refusal(tmp_path)
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
@@ -399,6 +423,25 @@ def test_batch_topk(x, tmp_path, kind, rescale, saved) -> None:
         torch.testing.assert_close(teacher.sae(x), x_hat, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka_batchtopk"])
+def test_a_batch_threshold_that_was_never_learnt(x, tmp_path, kind) -> None:
+    """SAELens starts it at 0, where its JumpReLU would be a plain ReLU: read as what the batch rule is for one sample."""
+    more = {"matryoshka_widths": [16, D_SAE]} if kind.startswith("m") else {}
+    kinds = {
+        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+        "matryoshka_batchtopk": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
+    }
+    sae_class, config_class = kinds[kind]
+    sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, k=K, rescale_acts_by_decoder_norm=True, **more))
+    sae.save_model(tmp_path)
+    teacher = load_teacher(tmp_path)
+    assert teacher.family == "topk"
+    assert "never learnt" in teacher.conventions["decided"]["architecture"]
+    with torch.no_grad():
+        expected = torch.cat([sae.encode(row[None]) for row in x[:20]])
+        torch.testing.assert_close(teacher.sae.encode(x[:20]), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 def test_topk_by_h_times_the_decoder_norm(make_teacher, x, tmp_path, rescale) -> None:
     sae = make_teacher("topk", rescale_acts_by_decoder_norm=rescale)
@@ -439,3 +482,43 @@ def test_damage_on_the_hub(folder, offline) -> None:
     edit_weights(folder, lambda weights: weights["W_dec"].view(-1)[:3].fill_(float("nan")))
     put_on_hub(offline, folder)
     assert "org/repo:layer: W_dec holds 3 nan or inf" in refusal("org/repo:layer")
+
+
+@pytest.mark.parametrize(
+    ("inner", "there", "wanted"),
+    [
+        ("resid/trainer_0/ae.pt", ["resid/trainer_0/ae.pt", "resid/trainer_0/config.json"], True),
+        ("resid/trainer_0", ["resid/trainer_0/ae.pt", "resid/trainer_0/config.json"], True),
+        ("lc/checkpoints/final.safetensors", ["lc/checkpoints/final.safetensors", "lc/hyperparams.json"], True),
+        ("layers.5", ["layers.5/sae.safetensors", "layers.5/cfg.json", "config.json"], True),
+        ("mine/rsae.yaml", ["mine/rsae.yaml", "mine/model.safetensors"], True),
+        ("", ["cfg.json", "sae_weights.safetensors"], True),
+        ("", ["layer_1/params.npz"], False),
+        ("resid/trainer_0", ["resid/trainer_1/ae.pt"], False),
+    ],
+)
+def test_what_is_downloaded(inner, there, wanted) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    allowed, ignored = _wanted(inner)
+    found = list(filter_repo_objects(there, allow_patterns=allowed, ignore_patterns=ignored))
+    assert found == (there if wanted else [])
+
+
+def test_a_release_s_pickle_is_not_executed(tmp_path, monkeypatch) -> None:
+    """SAELens' loaders of some releases call torch.load as it comes, and the environment may say that it is to trust."""
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (ran,))
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    from sae_lens import SAE
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setattr(SAE, "from_pretrained", lambda *args, **options: torch.load(tmp_path / "evil.pt"))
+    with pytest.raises(ValueError, match="SAELens cannot read it"):
+        from_release("release:sae")
+    assert not ran.exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"

@@ -249,11 +249,9 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
         teacher = as_jumprelu(teacher)
     h = pre_acts(teacher, x)
     family = teacher.cfg.architecture()
-    if family == "jumprelu":
-        unit, label = (
-            float(teacher.state_dict()["threshold"].median()),
-            "pre-activation / median threshold of the teacher",
-        )
+    thresholds = teacher.state_dict().get("threshold", h.new_zeros(1))
+    if family == "jumprelu" and bool((thresholds > 0).any()):
+        unit, label = float(thresholds[thresholds > 0].median()), "pre-activation / median threshold of the teacher"
     elif family == "topk":
         unit, label = calibrate_threshold(teacher, [x]), "pre-activation / k-th largest of a typical sample"
     else:
@@ -265,7 +263,7 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
             continue
         gate = getattr(sae, "gate", None)
         if gate is None:
-            edge = 0.0 if family == "standard" else 1.0
+            edge = 1.0 if family == "topk" or bool((thresholds > 0).any()) else 0.0
             curves[name] = torch.where(grid > edge, grid, 0.0)
             continue
         threshold = 0.0 if gate.threshold is None else gate.threshold.median()

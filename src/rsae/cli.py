@@ -131,6 +131,8 @@ def upgrade(
             finetune=FinetuneConfig(steps=steps, seed=seed),
         )
         metrics = run(teacher, host, hook, text, out, config=config, trust=trust, progress=progress, command=_command())
+    for warning in json.loads((out / "preflight.json").read_text())["warnings"]:
+        print(f"rsae: warning: {warning}", file=sys.stderr)
     _print_table(metrics, title="RSAE against its equal-compute control")
     print(f"report: {out / 'report.html'}")
 
@@ -276,13 +278,53 @@ def evaluate(
     acts: Annotated[Path, typer.Option(help="Training activations: their statistics say which tokens are sinks.")],
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 200_000,
     ce_tokens: Annotated[int, typer.Option(help="How many of them the loss is measured on.")] = 32_768,
+    identity: Annotated[
+        str | None,
+        typer.Option(help="A teacher: does each latent still mean what it meant there? Writes identity.json."),
+    ] = None,
 ) -> None:
     """Measure the arms of a run folder on held-out text, and write metrics.json."""
+    found = None
     with _work() as progress:
-        from rsae.pipeline import evaluate_folder
+        from rsae.pipeline import evaluate_folder, identity_folder
 
+        if identity is not None:  # first: a teacher that does not fit is refused before anything is written
+            found = identity_folder(run, identity, host, hook, text, acts, tokens=tokens, progress=progress)
         metrics = evaluate_folder(run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, progress=progress)
     _print_table(metrics, title=str(run))
+    if found is not None:
+        _print_identity(found)
+
+
+@app.command()
+def probe(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder with teacher/, control/ and rsae/ (those that exist are probed); of a demo, a family's."
+        ),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="Twelve sets, one a topic, instead of all 113.")] = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--sets", metavar="NAME", help="One set, as 92_glue_sst2; repeat it for more.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Splits of each set, 3 at least.")] = 3,
+) -> None:
+    """Measure how well 1, 2, 5 and 16 latents of each arm tell the classes of labelled sets (`pip install "rsae[probes]"`).
+
+    Logistic regression on the k-sparse probing benchmark of sae-probes. Writes probing.json and probing/ in the run folder.
+
+    Example: `rsae probe runs/demo/topk --quick`
+    """
+    with _work() as progress:
+        from rsae.probing import QUICK
+        from rsae.probing import probe as measure
+
+        if quick and sets:
+            raise ValueError("--quick and --sets both name the sets: give one of them")
+        found = measure(run, names=QUICK if quick else sets, seeds=seeds, progress=progress)
+    _print_probing(found, title=f"{run}: k-sparse probing, {len(found['sets'])} sets, {seeds} splits each")
+    print(f"written: {run / 'probing.json'}")
 
 
 @app.command()
@@ -479,6 +521,58 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
         console.print(f"RSAE minus {other}: FVU {fvu} [{low}, {high}], delta-CE {ce} [{ce_low}, {ce_high}] nats")
     if "verdict" in metrics:
         console.print("verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items()))
+
+
+def _print_identity(found: dict[str, Any]) -> None:
+    """How far each latent still is the teacher's, as text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    labels = {"control": "control", "rsae": "RSAE", "init": "RSAE init"}
+    arms = [arm for arm in labels if arm in found]
+    table = Table(title=f"same latent as in {found['config']['teacher']}? median [5%, 95%]", title_justify="left")
+    table.add_column("by index")
+    for arm in arms:
+        table.add_column(labels[arm], justify="right")
+    for name, left_out in (
+        ("decoder_cosine", None), ("encoder_cosine", None), ("correlation", "undefined"), ("top_contexts", "never_fires"),
+    ):  # fmt: skip
+        rows = [found[arm][name] for arm in arms]
+        cells = (f"{row['50%']:.2f} [{row['5%']:.2f}, {row['95%']:.2f}]" if row["n"] else "-" for row in rows)
+        table.add_row(name.replace("_", " "), *cells)
+        if left_out is not None:
+            counts = (" / ".join(str(count) for count in row[left_out].values()) for row in rows)
+            table.add_row(f"  {left_out.replace('_', ' ')}", *counts)
+    table.add_row("moved", *(f"{found[arm]['moved']:.2%}" for arm in arms))
+    console = Console()
+    console.print(table)
+    console.print("undefined, never fires: latents left out, in the teacher alone / in the arm alone / in both")
+
+
+def _print_probing(found: dict[str, Any], title: str) -> None:
+    """Test AUC and accuracy by arm and k, and what rsae has over the others."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    ks = list(next(iter(found["arms"].values())))
+    table.add_column("test AUC")
+    for k in ks:
+        table.add_column(f"k = {k}", justify="right")
+    for arm, by_k in found["arms"].items():
+        table.add_row({"rsae": "RSAE"}.get(arm, arm), *("{:.3f} ± {:.3f}".format(*by_k[k]["auc"]) for k in ks))
+        table.add_row("  accuracy", *(f"{by_k[k]['accuracy'][0]:.2%}" for k in ks))
+    console = Console()
+    console.print(table)
+    console.print("±: standard deviation over splits of the mean over sets", highlight=False)
+    for other in ("control", "teacher"):
+        for k, difference in found.get(f"rsae_minus_{other}", {}).items():
+            mean, low, high = difference["auc"]
+            interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}], {difference['verdict']}"
+            console.print(f"RSAE minus {other}, k = {k}: AUC {mean:+.4f}{interval}")
+    for arm, names in found["all_zero"].items():
+        if names:
+            console.print(f"{arm}: every latent is 0 on {', '.join(names)}, so that AUC is 0.5 there", highlight=False)
 
 
 if __name__ == "__main__":

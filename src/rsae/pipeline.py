@@ -20,6 +20,7 @@ from rsae.evaluate import evaluate, evaluate_runs
 from rsae.finetune import FinetuneConfig, check_trainable, finetune
 from rsae.harvest import ActivationStore, harvest
 from rsae.hosts import Host, load_host
+from rsae.identity import identity as compare_latents
 from rsae.preflight import preflight
 from rsae.pretrain import Family, pretrain
 from rsae.report import write_report
@@ -129,6 +130,11 @@ def upgrade(
     config, out = config or UpgradeConfig(), Path(out)
     loaded = load_teacher(teacher)
     check_trainable(loaded.sae)
+    if isinstance(loaded.sae, RationalSAE) and loaded.sae.gate.support == "dense":
+        raise ValueError(
+            f"{teacher} is an RSAE with dense support, which has no sparsity to match: train it on with `rsae finetune "
+            "--objective l1 --penalty LAMBDA`, or upgrade its teacher"
+        )
     identity = {"teacher": loaded.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
     ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",))
     if ledger.done:
@@ -137,12 +143,13 @@ def upgrade(
     if "inspect" not in ledger.seconds:
         with ledger.clock("inspect"):
             found = preflight(loaded, model, hook, text, context_length=config.context_length, progress=progress)
+            write_json(out / "preflight.json", found)
             if found["verdict"] == "contradicted" and not trust:
                 raise ValueError(
                     f"{teacher} does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say --trust "
                     "to go on as it is declared (rsae inspect shows all of it)"
                 )
-            write_json(out / "preflight.json", found)
+        ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
     arms = train_arms(out, loaded.sae, data, config, ledger, progress)
@@ -279,6 +286,34 @@ def evaluate_folder(
         arms, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, config=config,
         out=run / "metrics.json", progress=progress,
     )  # fmt: skip
+
+
+def identity_folder(
+    run: Path,
+    teacher: str | Path,
+    host: str,
+    hook: str,
+    text: str,
+    acts: Path,
+    *,
+    tokens: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Compare the latents of the arms that a run folder holds with a teacher's, and write its identity.json."""
+    arms = {arm: load_teacher(run / arm).sae for arm in ARMS[1:] if (run / arm / "cfg.json").exists()}
+    if not arms:
+        raise ValueError(f"{run} holds none of {', '.join(ARMS[1:])}: is it a run folder?")
+    loaded, store, model = load_teacher(teacher), ActivationStore.open(acts), load_host(host)
+    contexts = evaluation_contexts(
+        model.tokenizer, text, n_tokens=tokens, context_length=store.meta["config"]["context_length"]
+    )
+    config = {
+        "teacher": str(teacher), "fingerprint": loaded.fingerprint, "host": host, "hook": hook, "text": text, "tokens": tokens,
+    }  # fmt: skip
+    compared = compare_latents(loaded.sae, arms, model, hook, contexts, store_stats=store.sink_rule, progress=progress)
+    result = {"schema": 1, "config": config, "provenance": provenance(), "sources": list(contexts.sources), **compared}
+    write_json(run / "identity.json", result)
+    return result
 
 
 class Ledger:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from rsae.artefacts import Progress, provenance, write_json
 from rsae.evaluate import Autoencoder, evaluate, exclusions
+from rsae.finetune import check_trainable
 from rsae.harvest import SinkRule
 from rsae.hosts import Host
 from rsae.teachers import Teacher
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 CLEARLY, BY_FAR = 0.9, 0.5
-"""A reading contradicts the declared one if its FVU is below the first share of it: the sample's own error is far smaller. The
-second share is asked of a reading with a tenth more active latents, which reconstruct better by themselves, and of one on other
-activations (without BOS)."""
+"""A reading contradicts the declared one if its FVU, with no more latents active, is below the first share of the declared one's:
+the sample's own error is far smaller. The second is asked of readings that a well-read teacher gains a little from as well: more
+latents, another length of the decoder rows (l1 shrinks latents), other activations (without BOS)."""
+NEARLY_DEAD = 0.25
+"""Below this share of another reading's L0 the declared one is not compared at its own: it hardly has latents to compare."""
 SINK_RATIO = 3.0
 _ROWS = 1024
 
@@ -41,6 +45,7 @@ class Alternative(NamedTuple):
     declared: str
     instead: str
     sae: Autoencoder
+    enough: float = CLEARLY
     with_bos: bool = True
 
 
@@ -84,10 +89,12 @@ def preflight(
         ValueError: d_in and d_model differ, no such hook, text shorter than a context.
     """
     sae = teacher.sae
+    if sae.cfg.reshape_activations != "none":
+        check_trainable(sae)  # refuses it: there are no activations to read it on
     if sae.cfg.d_in != host.d_model:
         raise ValueError(
             f"the teacher has d_in {sae.cfg.d_in}, the host {host.spec} has d_model {host.d_model}: "
-            "it was trained on another model"
+            "it was trained on another model, or on attention heads side by side (hook_z), which rsae does not read"
         )
     hook = host.hook_point(hook).name
     contexts = evaluation_contexts(
@@ -108,6 +115,9 @@ def preflight(
             without_bos, _, _ = _activations(host, hook, _without_bos(contexts), progress)
         x = with_bos if other.with_bos or without_bos is None else without_bos
         fvu, l0 = _measure(other.sae, x)
+        same_l0 = fvu
+        if l0 > declared_l0 >= NEARLY_DEAD * l0:
+            same_l0, _ = _measure(other.sae, x, keep=max(1, round(declared_l0)))
         row = {
             "convention": other.convention,
             "declared": other.declared,
@@ -115,9 +125,9 @@ def preflight(
             "fvu": fvu,
             "l0": l0,
         }
-        enough = CLEARLY if other.with_bos and l0 <= 1.1 * declared_l0 else BY_FAR
-        ratio = None if fvu is None else fvu / declared
-        alternatives.append({**row, "ratio": ratio, "contradicts": ratio is not None and ratio < enough})
+        ratio, at_same_l0 = (None if value is None else value / declared for value in (fvu, same_l0))
+        better = fvu is not None and (fvu < BY_FAR * declared or (same_l0 or fvu) < other.enough * declared)
+        alternatives.append({**row, "ratio": ratio, "ratio_at_same_l0": at_same_l0, "contradicts": better})
     contradicted = [row for row in alternatives if row["contradicts"]]
     warnings = [
         f"{row['convention']}: read as {row['declared']!r} the FVU is {declared:.4f} at L0 {declared_l0:.1f}, as "
@@ -179,10 +189,11 @@ def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> It
         yield Alternative("inputs", normalize, "none", plain)
 
     norms = sae.W_dec.detach().norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
     if bool(((norms - 1).abs() > 1e-3).any()):
         unit = copy.deepcopy(sae)
         unit.W_dec.data.div_(norms[:, None])
-        yield Alternative("decoder rows", "as stored", "of unit norm", unit)
+        yield Alternative("decoder rows", "as stored", "of unit norm", unit, BY_FAR)
         if sae.cfg.architecture() == "jumprelu":
             by_size = copy.deepcopy(sae)
             by_size.get_parameter("threshold").data.div_(norms)
@@ -194,7 +205,7 @@ def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> It
             yield Alternative("the k largest of", declared, instead, altered(rescale_acts_by_decoder_norm=not rescaled))
 
     if host.tokenizer.bos_token_id is not None:
-        yield Alternative("BOS", "at the start of a context", "left out", sae, with_bos=False)
+        yield Alternative("BOS", "at the start of a context", "left out", sae, BY_FAR, with_bos=False)
 
 
 def _rebuilt(sae: SAE[Any]) -> SAE[Any]:
@@ -229,11 +240,15 @@ def _without_bos(contexts: Contexts) -> Contexts:
 
 
 @torch.inference_mode()
-def _measure(sae: Autoencoder, x: Float[Tensor, "n d_in"]) -> tuple[float | None, float]:
-    """Fraction of variance unexplained (None where it is not finite) and mean L0."""
+def _measure(sae: Autoencoder, x: Float[Tensor, "n d_in"], keep: int | None = None) -> tuple[float | None, float]:
+    """Fraction of variance unexplained (None where it is not finite) and mean L0; of the `keep` largest latents, if given."""
     error, active = 0.0, 0
     for part in x.split(_ROWS):
         latents = sae.encode(part)
+        if keep is not None:  # by what they contribute
+            size = latents.abs() * sae.W_dec.norm(dim=1)
+            kept = size.topk(min(keep, size.shape[1]), dim=1).indices
+            latents = torch.zeros_like(latents).scatter(1, kept, latents.gather(1, kept))
         error += float((sae.decode(latents) - part).double().square().sum())
         active += int((latents != 0).sum())
     fvu = error / float((x - x.mean(0)).double().square().sum())
@@ -267,13 +282,18 @@ def _mismatches(teacher: Teacher, host: Host, hook: str) -> list[str]:
     """Where the checkpoint names another hook or another BOS than it is read with."""
     warnings = []
     named = teacher.conventions.get("hook_name")
-    if named:
-        try:
-            same = host.hook_point(named)[1:] == host.hook_point(hook)[1:]
-        except ValueError:
-            same = False
-        if not same:
-            warnings.append(f"the checkpoint names the hook {named!r}; it is read at {hook!r}")
+    if named and _place(host, named) not in (None, _place(host, hook)):
+        warnings.append(f"the checkpoint names the hook {named!r}; it is read at {hook!r}")
     if teacher.conventions.get("prepend_bos") is False and host.tokenizer.bos_token_id is not None:
         warnings.append("the checkpoint says that it was trained without BOS; contexts here begin with one")
     return warnings
+
+
+def _place(host: Host, hook: str) -> tuple[str, str] | None:
+    """Where in the host a hook is, the input of a layer as the output of the one before; None if its name says nothing here."""
+    if (before := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook)) and int(before[1]) > 0:
+        hook = f"blocks.{int(before[1]) - 1}.hook_resid_post"
+    try:
+        return host.hook_point(hook)[1:3]
+    except ValueError:
+        return None

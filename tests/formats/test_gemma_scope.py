@@ -35,7 +35,7 @@ def random_weights() -> dict[str, Tensor]:
     torch.manual_seed(0)
     return {
         "W_enc": torch.randn(D_IN, D_SAE) * 0.3,
-        "W_dec": torch.randn(D_SAE, D_IN) * torch.linspace(0.2, 3, D_SAE)[:, None],
+        "W_dec": torch.randn(D_SAE, D_IN) * torch.linspace(0.02, 0.3, D_SAE)[:, None],
         "b_enc": torch.randn(D_SAE) - 0.5,
         "b_dec": torch.randn(D_IN) + 1,
         "threshold": torch.randn(D_SAE) * 0.5 + 0.8,
@@ -73,8 +73,8 @@ def assert_computes(sae: Any, x: Tensor, expected: tuple[Tensor, Tensor], tolera
     latents = sae.encode(x)
     assert 0.05 < (latents > 0).float().mean() < 0.6
     assert (latents - expected[0]).abs().max() <= tolerance
-    assert (sae.decode(latents) - expected[1]).abs().max() <= tolerance * expected[1].abs().max()
-    assert (sae(x) - expected[1]).abs().max() <= tolerance * expected[1].abs().max()
+    assert (sae.decode(latents) - expected[1]).abs().max() <= tolerance
+    assert (sae(x) - expected[1]).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize(("folder", "config"), [(FIRST, None), (SECOND, CONFIG), (SECOND, None)])
@@ -83,7 +83,7 @@ def test_it_computes_what_the_tutorial_computes(tmp_path: Path, folder: str, con
     assert matches(path)
     reading = read(path)
     assert_computes(reading.sae, x, forward(x, random_weights()))
-    assert (forward(x, random_weights(), subtract=True)[1] - reading.sae(x)).abs().max() > 1  # a slip would be seen
+    assert (forward(x, random_weights(), subtract=True)[1] - reading.sae(x)).abs().max() > 0.1  # a slip would be seen
     assert reading.sae.cfg.architecture() == "jumprelu"
     assert not reading.sae.cfg.apply_b_dec_to_input
     assert [file.parent for file in reading.files] == [path]
@@ -277,7 +277,7 @@ def test_a_pickle_in_the_arrays_is_not_executed(tmp_path: Path) -> None:
 
     path = write(tmp_path)
     np.savez(path / "params.npz", W_enc=np.array([Evil()], dtype=object))
-    with pytest.raises(ValueError, match=r"params.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"params.npz holds pickled objects, which would execute code: refused"):
         read(path)
     assert not (tmp_path / "executed").exists()
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsae.teachers import load_teacher
 from rsae.teachers.openai import matches, read
 
 D_IN, D_SAE, K = 24, 96, 40
@@ -246,3 +247,17 @@ def test_matches_nothing_else(tmp_path: Path) -> None:
     other = tmp_path / "notes.txt"
     other.write_text("pre_bias latent_bias")
     assert not matches(other)
+
+
+def test_a_tensor_that_autoencoder_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds gain, which Autoencoder does not"):
+        load_teacher(save(tmp_path, state_dict("TopK", gain=torch.ones(D_SAE))))
+
+
+def test_host_and_hook_through_the_links_of_the_hub_s_cache(tmp_path: Path) -> None:
+    blob = save(tmp_path / "blobs", state_dict("TopK"), "0123abc")
+    folder = tmp_path / "snapshots" / "main" / "gpt2-small" / "resid_post_mlp_v5_32k" / "autoencoders"
+    folder.mkdir(parents=True)
+    (folder / "6.pt").symlink_to(blob)
+    conventions = load_teacher(folder / "6.pt").conventions
+    assert (conventions["hook_name"], conventions["model_name"]) == ("blocks.6.hook_resid_post", "gpt2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_dictionary_learning as dictionary_learning
@@ -15,6 +16,7 @@ import test_openai as openai
 import test_sparsify as sparsify
 import torch
 from sae_lens import SAE
+from sae_lens.registry import get_sae_class, get_sae_training_class
 from tiny_host import save_tiny
 
 from rsae.artefacts import read_json
@@ -28,7 +30,37 @@ CONFIG = UpgradeConfig(
     train_tokens=1500, validation_tokens=300, evaluation_tokens=300, ce_tokens=100, context_length=16,
     finetune=FinetuneConfig(steps=20, batch_size=64),
 )  # fmt: skip
+
+
+def sae_lens(family: str, **config: Any) -> Callable[[Path], Path]:
+    """A SAELens checkpoint of random weights."""
+
+    def write(folder: Path) -> Path:
+        cls, config_cls = (get_sae_training_class if "batch" in family else get_sae_class)(family)
+        sae = cls(config_cls(d_in=24, d_sae=96, **config))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in sae.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if family == "jumprelu":
+                sae.threshold.copy_(torch.linspace(0.1, 1.0, 96))
+            if "batch" in family:
+                sae.topk_threshold.fill_(0.7)
+        sae.save_model(folder)
+        return folder
+
+    return write
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
+    "sae_lens standard": sae_lens("standard"),
+    "sae_lens jumprelu": sae_lens("jumprelu", apply_b_dec_to_input=False),
+    "sae_lens topk": sae_lens("topk", k=7),
+    "sae_lens topk by h ||w||": sae_lens("topk", k=7, rescale_acts_by_decoder_norm=True),
+    "sae_lens gated": sae_lens("gated"),
+    "sae_lens batchtopk": sae_lens("batchtopk", k=7),
+    "sae_lens matryoshka": sae_lens("matryoshka_batchtopk", k=7, matryoshka_widths=[32, 96]),
+    "sae_lens layer_norm": sae_lens("jumprelu", normalize_activations="layer_norm"),
     "gemma scope": lambda folder: gemma_scope.write(folder),
     "gemma scope 2": lambda folder: gemma_scope.write(folder, gemma_scope.SECOND, gemma_scope.CONFIG),
     **{

@@ -310,6 +310,7 @@ def facts(run: Run) -> dict[str, str]:
         "Rule of exclusion": metrics.get("exclusion_rule"),
         "Tokens": ", ".join(f"{k} {fixed(number(v), 0)}" for k, v in tokens.items()),
         "Width": " → ".join(fixed(number(info[k]), 0) for k in ("d_in", "d_sae") if k in info),
+        "Preflight": _preflight(info.get("preflight") or {}),
         "Target L0": significant(number(info.get("target_l0")), 4) if info.get("target_l0") is not None else None,
         "Rational gate": f"degree ({', '.join(map(str, formula['degree']))})" if formula.get("degree") else None,
         "Fine-tuning": _flat({k: v for k, v in finetune.items() if k != "seed"}),
@@ -322,6 +323,15 @@ def facts(run: Run) -> dict[str, str]:
         "Started": info.get("started"),
     }
     return {label: str(text) for label, text in found.items() if text}
+
+
+def _preflight(found: dict[str, Any]) -> str:
+    """Whether the teacher agreed with its activations, and what was warned of."""
+    verdict = {
+        "agrees": "the activations agree with the declared conventions",
+        "contradicted": "CONTRADICTED, and trusted",
+    }
+    return "; ".join([verdict.get(str(found.get("verdict")), ""), *map(str, found.get("warnings") or [])]).strip("; ")
 
 
 def counts(run: Run) -> str:

@@ -54,12 +54,20 @@ class Tensors:
         try:
             self.values = _READERS.get(self.file.suffix, _read_torch)(self.file)
         except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
+            if self.file.read_bytes()[:100].startswith(b"version https://git-lfs"):
+                raise ValueError(
+                    f"{self.file} is a pointer of git-lfs, not the file itself: fetch it (git lfs pull)"
+                ) from None
+            reason = str(error).splitlines()[0].partition("Re-running")[0].strip(" .")
             raise ValueError(
                 f"{self.file} holds more than tensors and plain values, and loading it would execute code: refused "
                 f"({reason}). Save its state_dict alone"
             ) from error
-        except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except ValueError as error:
+            if "pickle" not in str(error):
+                raise ValueError(f"{self.file} cannot be read ({error}): truncated? copy it again") from error
+            raise ValueError(f"{self.file} holds pickled objects, which would execute code: refused") from error
+        except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{self.file} cannot be read ({reason}): truncated? copy it again") from error
         if not isinstance(self.values, dict):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +50,9 @@ def download(repo: str, inner: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     inner = inner.strip("/")
-    patterns = [inner, f"{inner}/*"] if inner else None
+    wanted, left = _wanted(inner)
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=left))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"teacher {repo}:{inner}: the hub did not give it ({' '.join(str(error).split())}). A local folder works without it"
@@ -60,12 +64,42 @@ def download(repo: str, inner: str) -> Path:
     return folder / inner
 
 
+def _wanted(inner: str) -> tuple[list[str] | None, list[str] | None]:
+    """Patterns of what to download, and of what not.
+
+    Of a repository its top level alone, a folder whole, a file with the configuration beside it and above it.
+    """
+    if not inner:
+        return None, ["*/*"]
+    parent = f"{inner.rpartition('/')[0]}/".lstrip("/")
+    above = f"{parent.rstrip('/').rpartition('/')[0]}/".lstrip("/")
+    if "." not in inner.rpartition("/")[2] or inner.endswith((".yaml", ".yml")):
+        whole = inner if not inner.endswith((".yaml", ".yml")) else parent.rstrip("/")
+        return [f"{whole}/*".lstrip("/"), f"{parent}config.json"], None
+    # A folder's name may have a point in it, too
+    return [inner, f"{inner}/*", f"{parent}*.json", f"{parent}*.y*ml", f"{above}*.json"], None
+
+
 def from_release(spec: str) -> SAE[Any]:
     """An SAE read by SAELens' own loader for its release: of a format that there is no reader for here."""
     from sae_lens import SAE
 
     release, _, sae_id = spec.partition(":")
     try:
-        return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
-    except (KeyError, OSError, RuntimeError) as error:
+        with _weights_only():
+            return SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
+    except (KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"teacher {spec}: SAELens cannot read it ({' '.join(str(error).split())})") from error
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Have torch.load refuse pickles that execute, whoever calls it and whatever the environment says."""
+    switches = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in switches}
+    os.environ[switches[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[switches[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -8,6 +8,7 @@ is this very normalisation.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ HOOKS = {
     "resid_delta_mlp": "blocks.{}.hook_mlp_out",
     "resid_post_mlp": "blocks.{}.hook_resid_post",
 }
+WEIGHTS = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
 STATISTICS = ("latents_activation_frequency", "latents_mean_square")
 
 
@@ -47,6 +49,12 @@ def read(path: Path) -> Reading:
     """
     file = _only_file(Path(path))
     tensors = Tensors(file)
+    if unknown := sorted(
+        set(tensors.values) - {*WEIGHTS, *STATISTICS, "stats_last_nonzero", "activation", "activation_state_dict"}
+    ):
+        raise ValueError(
+            f"{file} holds {', '.join(unknown)}, which Autoencoder does not: a fork with another function?"
+        )
     activation, k, why = _activation(tensors)
     d_sae, d_in = tensors.shape("encoder.weight", 2)
     weights = {
@@ -130,7 +138,7 @@ def _activation(tensors: Tensors) -> tuple[str, int | None, str]:
 
 def _origin(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Host and hook, from gpt2-small/{location}{version}/autoencoders/{layer}.pt: the file itself does not say."""
-    file = file.resolve()
+    file = Path(os.path.abspath(file))  # as it is named: in the hub's cache it is a link to a blob
     autoencoders, location = file.parent.name, re.sub(r"_v\d+(_\d+k)?$", "", file.parent.parent.name)
     metadata: dict[str, Any] = {}
     decided = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated", "rational")
 # Checkpoints of a training run: SAELens has no inference class for them, and makes a JumpReLU of them when training ends
 TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
+_SHARED = (
+    "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations", "metadata",
+    "rescale_acts_by_decoder_norm",
+)  # fmt: skip
 
 
 def matches(path: Path) -> bool:
-    """A folder with either of the two files, unless it is of a format that shares the name."""
+    """A folder with either of the two files, or one of these, unless it is of a format that shares the name."""
+    path = _folder(path)
     has_cfg = (path / CFG).is_file() and not (path / "sae.safetensors").is_file()
     return has_cfg or ((path / WEIGHTS).is_file() and not (path / "config.json").is_file())
 
@@ -26,6 +32,7 @@ def read(path: Path) -> Reading:
     """Read by SAELens' loader, in float32 whatever the weights are stored in."""
     from rsae.sae import RationalSAEConfig  # and SAELens knows "rational"
 
+    path = _folder(path)
     for name in (CFG, WEIGHTS):
         if not (path / name).is_file():
             raise ValueError(f"{path} has no {name}: a SAELens checkpoint is a folder with {CFG} and {WEIGHTS}")
@@ -34,9 +41,10 @@ def read(path: Path) -> Reading:
         raise ValueError(f"{path}/{CFG} holds a {type(config).__name__}, not a SAELens configuration")
     architecture = config.get("architecture", "standard")
     decided = {"conventions": f"{CFG}, as SAELens reads it"}
+    _refuse_what_would_be_dropped(path / CFG, config, str(architecture))
     try:
         if architecture in TRAINING_ONLY:
-            sae, decided["architecture"] = _as_inference(path), f"{architecture}: a JumpReLU with its learnt threshold"
+            sae, decided["architecture"] = _as_inference(path, str(architecture))
         elif architecture in ARCHITECTURES:
             if architecture == "rational":
                 RationalSAEConfig.from_dict(config)  # refuses what SAELens would drop in silence
@@ -57,16 +65,45 @@ def _load(path: Path) -> Any:
     return SAE.load_from_disk(path, device="cpu", dtype="float32")
 
 
-def _as_inference(path: Path) -> Any:
-    """What SAELens would save at the end of training."""
-    from sae_lens import TrainingSAE
+def _folder(path: Path) -> Path:
+    return path.parent if path.name in (CFG, WEIGHTS) and path.is_file() else path
+
+
+def _refuse_what_would_be_dropped(file: Path, config: dict[str, Any], architecture: str) -> None:
+    """SAELens drops what it does not know in silence: refuse a key that would change the function."""
+    activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
+    if activation not in ("relu", "topk"):
+        raise ValueError(
+            f"{file}: activation {activation!r}, which SAELens would read as relu; rsae upgrades relu and topk"
+        )
+    if config.get("rescale_acts_by_decoder_norm") and architecture not in ("topk", *TRAINING_ONLY):
+        raise ValueError(f"{file}: rescale_acts_by_decoder_norm, which SAELens drops for {architecture!r}")
+    for key in ("apply_b_dec_to_input", "normalize_activations", "rescale_acts_by_decoder_norm", "reshape_activations"):
+        if near := [name for name in get_close_matches(key, config, n=3, cutoff=0.9) if name != key]:
+            raise ValueError(f"{file}: unknown key {near[0]!r}, which SAELens drops in silence: is {key!r} meant?")
+
+
+def _as_inference(path: Path, architecture: str) -> tuple[Any, str]:
+    """What SAELens would save at the end of training, and why; a threshold that was never learnt leaves the rule of one sample."""
+    from sae_lens import TopKSAE, TopKSAEConfig, TrainingSAE
     from sae_lens.registry import get_sae_class
 
-    training = TrainingSAE.load_from_disk(path, device="cpu", dtype="float32")
+    training: Any = TrainingSAE.load_from_disk(path, device="cpu", dtype="float32")
+    if not float(training.topk_threshold) > 0:
+        cfg = training.cfg
+        shared = {name: getattr(cfg, name) for name in _SHARED}
+        sae = TopKSAE(TopKSAEConfig(k=round(cfg.k), **shared))
+        sae.load_state_dict(
+            {name: tensor for name, tensor in training.state_dict().items() if name != "topk_threshold"}
+        )
+        return (
+            sae,
+            f"{architecture} whose threshold was never learnt ({float(training.topk_threshold):g}): TopK of each sample",
+        )
     weights = {name: tensor.detach().clone() for name, tensor in training.state_dict().items()}
     training.process_state_dict_for_saving_inference(weights)
     config = training.cfg.get_inference_sae_cfg_dict()
     sae_class, config_class = get_sae_class(config["architecture"])
     sae = sae_class(config_class.from_dict(config))
     sae.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return sae
+    return sae, f"{architecture}: a JumpReLU with its learnt threshold"
