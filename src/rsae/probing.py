@@ -1,10 +1,10 @@
 """k-sparse probing: how well a few latents of each arm tell the two classes of the labelled sets of sae-probes.
 
-As sae-probes 0.4.2 does it: the sets, the last token, the end of a text too long, classes of equal size, the choice of latents (its own
-code). Otherwise than it: a text stands in a set once, since a fifth of the rows repeat one and would be trained and tested on; C is
-chosen by the log loss of five folds, not by the AUC of 100 texts, which is blind to C at k = 1; latents are scaled, so that
-the penalty does not depend on an arm's units; BOS stands wherever the tokenizer has one; several seeds; at most 1000 texts of 128
-tokens (5000 of 1024), for two cores.
+As sae-probes 0.4.2 does it: the sets, the last token, the end of a long text, classes of equal size, the choice of latents (its
+own code). Otherwise than it: a text stands in a set once, since 17% of the rows repeat one (66% in one set) and would be in
+training and test both; C is chosen by the log loss of five folds, not by the AUC of 100 texts, which is blind to C at k = 1;
+latents are scaled, so that the penalty does not depend on an arm's units; BOS stands wherever the tokenizer has one; several
+seeds; and for two cores at most 1000 texts of 128 tokens, not 5000 of 1024.
 """
 
 from __future__ import annotations
