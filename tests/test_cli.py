@@ -1,9 +1,9 @@
 """The command line: help, version, exit codes, one line on stderr, and the fit command's files."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,17 +23,18 @@ def test_version():
 
 
 def test_help_teaches_and_is_quick():
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        result = rsae("--help")
-        best = min(best, time.perf_counter() - began)
-        if best < 1:
-            break
+    def seconds() -> float:
+        """Processor time of all ended subprocesses: what a busy machine does not stretch."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    began = seconds()
+    result = rsae("--help")
+    assert seconds() - began < 1.0
     assert result.returncode == 0
-    for command in ("demo", "upgrade", "harvest", "pretrain", "init", "finetune", "evaluate", "report", "fit"):
+    stages = ("harvest", "pretrain", "init", "finetune", "evaluate", "report", "probe", "inspect", "track", "fit")
+    for command in ("demo", "upgrade", *stages):
         assert command in result.stdout
-    assert best < 1.0
 
 
 def test_fit_prints_and_writes(tmp_path):

@@ -1,7 +1,7 @@
 /* The sparse work of a training step on a CPU: choosing entries, sums over them, the rational gate on them.
  *
- * Every function works on a range [begin, end) of rows, latents or blocks, so that a caller can share the work among threads; what
- * comes out does not depend on how it is shared. Matrices are dense and row-major. Compiled by kernels.py where it runs.
+ * Rows, latents or blocks are shared among OpenMP's threads (torch's own: it is the same library); what comes out does not depend on
+ * how many there are. Matrices are dense and row-major. Compiled by kernels.py where it runs.
  */
 #include <math.h>
 #include <stdint.h>
@@ -90,11 +90,14 @@ static void two_largest(const float *r, i64 n, i64 k, i64 *found, float *buffer,
 
 /* For each row: the scale s (midpoint of the k-th and (k+1)-th largest relative value, or 1 where k is 0), the edge lowest * s^alpha,
  * and how many relative values are above it. With `exact` the edge is the k-th largest and k entries count. */
-void count_entries(i64 begin, i64 end, i64 n, const uint16_t *h, const float *inverse, i64 k, float alpha, float lowest, i64 exact,
+void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64 k, float alpha, float lowest, i64 exact,
                    float smallest, float *scale, float *edge, i64 *count) {
+#pragma omp parallel
+  {
     float *r = malloc(2 * n * sizeof(float)), *buffer = r + n, guess = 0.0f;
     i64 *found = malloc((n + 1) * sizeof(i64));
-    for (i64 row = begin; row < end; row++) {
+#pragma omp for schedule(static)
+    for (i64 row = 0; row < size; row++) {
         relative(h + row * n, inverse, n, r);
         float s = 1.0f, kth = 0.0f, next = 0.0f;
         if (k > 0) {
@@ -116,14 +119,18 @@ void count_entries(i64 begin, i64 end, i64 n, const uint16_t *h, const float *in
     }
     free(r);
     free(found);
+  }
 }
 
 /* The entries that count_entries counted: their latents, their h, their rows. With `exact`, ties at the edge go to the first. */
-void fill_entries(i64 begin, i64 end, i64 n, const uint16_t *h, const float *inverse, i64 exact, const float *edge, const i64 *offset,
+void fill_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64 exact, const float *edge, const i64 *offset,
                   const i64 *count, i64 *latents, i64 *rows, float *values) {
+#pragma omp parallel
+  {
     float *r = malloc(n * sizeof(float));
     i64 *found = malloc((n + 1) * sizeof(i64));
-    for (i64 row = begin; row < end; row++) {
+#pragma omp for schedule(static)
+    for (i64 row = 0; row < size; row++) {
         relative(h + row * n, inverse, n, r);
         float limit = edge[row];
         i64 m = find_above(r, n, limit, found), at = offset[row];
@@ -146,12 +153,14 @@ void fill_entries(i64 begin, i64 end, i64 n, const uint16_t *h, const float *inv
     }
     free(r);
     free(found);
+  }
 }
 
 /* out[g] = sum over the entries of group g of weight * vectors[index], in their order; `order` NULL for 0, 1, 2, ... */
-void sum_groups(i64 begin, i64 end, i64 d, const i64 *offset, i64 n_groups, i64 n_entries, const i64 *order, const i64 *index,
+void sum_groups(i64 size, i64 d, const i64 *offset, i64 n_groups, i64 n_entries, const i64 *order, const i64 *index,
                 const float *weight, const float *vectors, float *out) {
-    for (i64 group = begin; group < end; group++) {
+#pragma omp parallel for schedule(static)
+    for (i64 group = 0; group < size; group++) {
         float *sum = out + group * d;
         i64 last = group + 1 < n_groups ? offset[group + 1] : n_entries;
         memset(sum, 0, d * sizeof(float));
@@ -166,9 +175,10 @@ void sum_groups(i64 begin, i64 end, i64 d, const i64 *offset, i64 n_groups, i64 
 }
 
 /* out[e] = <a[row of e], b[latent of e]>, in 16 partial sums. */
-void dot_entries(i64 begin, i64 end, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, const i64 *latents, const float *a,
+void dot_entries(i64 size, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, const i64 *latents, const float *a,
                  const float *b, float *out) {
-    for (i64 row = begin; row < end; row++) {
+#pragma omp parallel for schedule(static)
+    for (i64 row = 0; row < size; row++) {
         const float *x = a + row * d;
         i64 last = row + 1 < n_rows ? offset[row + 1] : n_entries;
         for (i64 e = offset[row]; e < last; e++) {
@@ -196,10 +206,11 @@ static void horner(const float *coeffs, i64 n, const float *u, i64 m, float *out
         for (i64 e = 0; e < m; e++) out[e] = out[e] * u[e] + coeffs[c];
 }
 
-void rational_forward(i64 begin, i64 end, i64 total, const float *h, const float *C_in, i64 step_in, const float *C_out, i64 step_out,
+void rational_forward(i64 size, i64 total, const float *h, const float *C_in, i64 step_in, const float *C_out, i64 step_out,
                       const float *num, i64 n_num, const float *den, i64 n_den, float centre, float scale, float *out) {
-    float u[BLOCK], P[BLOCK], A[BLOCK];
-    for (i64 block = begin; block < end; block++) {
+#pragma omp parallel for schedule(static)
+    for (i64 block = 0; block < size; block++) {
+        float u[BLOCK], P[BLOCK], A[BLOCK];
         i64 first = block * BLOCK, m = total - first < BLOCK ? total - first : BLOCK;
         for (i64 e = 0; e < m; e++) {
             float t = h[first + e] / C_in[step_in * (first + e)];
@@ -217,12 +228,13 @@ void rational_forward(i64 begin, i64 end, i64 total, const float *h, const float
 }
 
 /* Gradients in h, C_in and C_out for each element; those of the coefficients for each block, (blocks, n_num) and (blocks, n_den). */
-void rational_backward(i64 begin, i64 end, i64 total, const float *h, const float *grad, const float *C_in, i64 step_in,
+void rational_backward(i64 size, i64 total, const float *h, const float *grad, const float *C_in, i64 step_in,
                        const float *C_out, i64 step_out, const float *num, const float *num_prime, i64 n_num, const float *den,
                        const float *den_prime, i64 n_den, float centre, float scale, float *d_h, float *d_C_in, float *d_C_out,
                        double *d_num, double *d_den) {
-    float u[BLOCK], t[BLOCK], P[BLOCK], A[BLOCK], P1[BLOCK], A1[BLOCK], w[BLOCK], v[BLOCK];
-    for (i64 block = begin; block < end; block++) {
+#pragma omp parallel for schedule(static)
+    for (i64 block = 0; block < size; block++) {
+        float u[BLOCK], t[BLOCK], P[BLOCK], A[BLOCK], P1[BLOCK], A1[BLOCK], w[BLOCK], v[BLOCK];
         i64 first = block * BLOCK, m = total - first < BLOCK ? total - first : BLOCK;
         for (i64 e = 0; e < m; e++) {
             t[e] = h[first + e] / C_in[step_in * (first + e)];

@@ -1,6 +1,6 @@
 """kernels.c, compiled once for this machine by its C compiler and called through ctypes; None where there is no compiler.
 
-A call is shared among torch's number of threads, by ranges of rows. Results do not depend on how many there are.
+The threads are torch's own: a second pool would fight with it for the cores. Results do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("kernels.c")
 # No flag that lets the compiler reorder sums: a run has the same bytes every time
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+OPENMP = "-fopenmp"
 BLOCK = 256
 """Elements of a block of the rational kernels, as in kernels.c."""
 
@@ -49,27 +47,13 @@ def usable(*tensors: Tensor) -> Kernels | None:
 
 
 class Kernels:
-    """The functions of kernels.c over tensors; the first two arguments of each, its range, are filled in here."""
+    """The functions of kernels.c over tensors."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads)
 
-    def over(self, name: str, n: int, *arguments: Any) -> None:
-        """Call a function on [0, n), in as many ranges as there are threads."""
-        function: Callable[..., Any] = getattr(self._loaded, name)
-        passed = [_passed(argument) for argument in arguments]
-        bounds = [n * part // self._threads for part in range(self._threads + 1)]
-        ranges = [(first, last) for first, last in pairwise(bounds) if last > first]
-        others = [self._pool.submit(function, *map(ctypes.c_int64, r), *passed) for r in ranges[1:]]
-        if ranges:
-            function(*map(ctypes.c_int64, ranges[0]), *passed)
-        for other in others:
-            other.result()
-
-    def once(self, name: str, *arguments: Any) -> None:
-        """Call a function that takes no range."""
+    def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
+        """Call a function."""
         getattr(self._loaded, name)(*map(_passed, arguments))
 
 
@@ -94,7 +78,9 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / target.name
             command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+            options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
+            if subprocess.run([*command, OPENMP], **options).returncode != 0:  # a compiler without it: one thread
+                subprocess.run(command, **options, check=True)
             os.replace(made, target)
     return target
 

@@ -65,7 +65,7 @@ class _Rational(torch.autograd.Function):
         num, den = num.to(dtype), _with_zero(den.to(dtype))
         out = torch.empty_like(h)
         if (lib := _kernels(h, num, den, C_in, C_out)) is not None:
-            lib.over(
+            lib.call(
                 "rational_forward", -(-h.numel() // kernels.BLOCK), h.numel(), h, C_in, C_in.ndim, C_out, C_out.ndim,
                 num, len(num), den, len(den), centre, scale, out,
             )  # fmt: skip
@@ -89,7 +89,7 @@ class _Rational(torch.autograd.Function):
             blocks = -(-h.numel() // kernels.BLOCK)
             d_h, d_C_in, d_C_out = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
             d_num, d_den = (torch.empty(blocks, len(c), dtype=torch.float64) for c in (a, b))
-            lib.over(
+            lib.call(
                 "rational_backward", blocks, h.numel(), h, grad, C_in, C_in.ndim, C_out, C_out.ndim, a, a_prime, len(a),
                 b, b_prime, len(b), ctx.centre, ctx.scale, d_h, d_C_in, d_C_out, d_num, d_den,
             )  # fmt: skip

@@ -98,7 +98,7 @@ class Entries:
         offsets = _offsets(self.latents, self.shape[1])
         if self.latents.device.type == "cpu" and (lib := kernels.library()) is not None:
             order = torch.empty_like(self.latents)
-            lib.once("sort_by_key", len(order), self.latents, offsets.clone(), order)
+            lib.call("sort_by_key", len(order), self.latents, offsets.clone(), order)
             return order, offsets
         return self.latents.argsort(stable=True), offsets
 
@@ -121,7 +121,7 @@ class Entries:
         """For each entry: the inner product of a[row] and b[latent]."""
         if (lib := kernels.usable(a, b)) is not None:
             out = a.new_empty(len(self.rows))
-            lib.over(
+            lib.call(
                 "dot_entries", len(a), a.shape[1], self.row_offsets, len(a), len(out), self.latents, a, b, out
             )  # fmt: skip
             return out
@@ -141,13 +141,13 @@ def _entries(
     """s of each row, (batch, 1), and the entries that `count_entries` in kernels.c describes."""
     batch, d_sae = h.shape
     scale, edge, count = torch.empty(batch, 1), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
-    lib.over(
+    lib.call(
         "count_entries", batch, d_sae, h, inverse, k, float(alpha), float(share), int(exact), SMALLEST, scale, edge, count
     )  # fmt: skip
     offsets = count.cumsum(0) - count
     n = int(count.sum())
     latents, rows, values = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n)
-    lib.over("fill_entries", batch, d_sae, h, inverse, int(exact), edge, offsets, count, latents, rows, values)
+    lib.call("fill_entries", batch, d_sae, h, inverse, int(exact), edge, offsets, count, latents, rows, values)
     return scale, Entries(rows, latents, (batch, d_sae), values)
 
 
@@ -156,7 +156,7 @@ def _sums(
 ) -> Tensor:
     """Weighted sums of the vectors of each group of entries, (groups, d)."""
     out = vectors.new_empty(len(offsets), vectors.shape[1])
-    lib.over(
+    lib.call(
         "sum_groups", len(out), out.shape[1], offsets, len(out), len(index), order, index, weights, vectors, out
     )  # fmt: skip
     return out
