@@ -17,6 +17,7 @@ import torch
 
 from rsae.calibrate import calibrate
 from rsae.harvest import ActivationStore
+from rsae.metrics import ReconstructionMetrics
 from rsae.sae import RationalSAE
 from rsae.teachers import load_teacher
 
@@ -25,8 +26,11 @@ CALIBRATION_BATCHES, MEASURED_BATCHES, BATCH = 4, 8, 2048
 
 @torch.no_grad()
 def fvu(sae: Any, x: torch.Tensor) -> float:
-    error = sum(float((sae(part) - part).double().square().sum()) for part in x.split(1024))
-    return error / float((x - x.mean(0)).double().square().sum())
+    metrics = ReconstructionMetrics(sae.cfg.d_in, sae.cfg.d_sae)
+    for part in x.split(1024):
+        latents = sae.encode(part)
+        metrics.update(part, sae.decode(latents), latents, torch.zeros(len(part), dtype=torch.int64))
+    return metrics.compute()["fvu"]
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from sae_lens.saes.sae import TrainStepInput
 from rsae import kernels
 from rsae.allocator import keep_pages
 from rsae.calibrate import calibrate
-from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, _resolved, trainee_for
+from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, trainee_for
 from rsae.sae import RationalSAE
 from rsae.sparse import pre_activations
 
@@ -66,7 +66,7 @@ def ours(data: Activations, x: torch.Tensor) -> tuple[SparseTrainee, Callable[[]
         teacher.W_enc.copy_(data.directions.T)
         teacher.b_enc.fill_(-0.22)  # so that the tail of the interference is as thin as a trained encoder's
     init = calibrate(RationalSAE.from_teacher(teacher), [x])
-    config = _resolved(FinetuneConfig(), init)
+    config = FinetuneConfig()
     trainee = trainee_for(_ready_to_train(init, data, config, L0), 1.0, config)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
 

@@ -274,6 +274,24 @@ def test_what_is_not_counted_does_not_help(host: CausalMean, contexts: Contexts,
     assert got["teacher"]["l0"] < plain["l0"]
     assert got["teacher"]["ce_spliced"] != plain["ce_spliced"]
     assert "|z| > 0.7" in got["counting_rule"]
+    by_arm = evaluate(
+        {"teacher": sae, "control": sae}, host, HOOK, contexts, store_stats=stats, eps={"control": eps}
+    )  # fmt: skip
+    assert by_arm["control"] == got["teacher"]
+    assert by_arm["teacher"] == plain
+    assert "|z| > 0.7" in by_arm["counting_rule"]
+    assert "exact" in by_arm["counting_rule"]
+
+
+def test_any_pairs_of_arms_are_compared(host: CausalMean, contexts: Contexts, stats: SinkRule) -> None:
+    arms = {name: TinySAE(seed) for seed, name in enumerate(("teacher", "control", "rsae", "other"))}
+    pairs = [("other", "control"), ("rsae", "other"), ("rsae", "absent")]
+    (got,) = evaluate_runs({"": arms}, host, HOOK, contexts, store_stats=stats, pairs=pairs).values()
+    assert {name for name in got if "_minus_" in name} == {"other_minus_control", "rsae_minus_other"}
+    swapped = {"control": arms["control"], "rsae": arms["other"]}
+    expected = evaluate(swapped, host, HOOK, contexts, store_stats=stats)["rsae_minus_control"]
+    assert got["other_minus_control"] == expected
+    assert "verdict" not in got
 
 
 def test_metrics_json_and_progress(host: CausalMean, contexts: Contexts, stats: SinkRule, tmp_path: Path) -> None:

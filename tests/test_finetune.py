@@ -19,7 +19,7 @@ from sae_lens import (
     TopKSAEConfig,
 )
 
-from rsae.calibrate import calibrate, match_l0, mean_l0
+from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
 from rsae.finetune import FinetuneConfig, finetune, schedule, trainee_for
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
@@ -225,6 +225,57 @@ def test_objective_l1_shrinks(teachers, data, held_out):
         for price in (0.0, 1.0)
     )
     assert taxed.encode(data.x).abs().sum() < 0.95 * free.encode(data.x).abs().sum()
+
+
+GATE_PARTS = {
+    "thresholds": ("gate.threshold",),
+    "scales": ("gate.C_in", "gate.C_out"),
+    "shape": ("gate.num_coeffs", "gate.den_coeffs"),
+    "weights": ("W_enc", "b_enc", "W_dec", "b_dec"),
+}
+
+
+def values(sae, names):
+    return [sae.get_parameter(n) if "coeffs" not in n else getattr(sae.gate, n.removeprefix("gate.")) for n in names]
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize(
+    "frozen", [("weights",), ("scales", "shape"), ("weights", "thresholds", "shape"), ("thresholds",)]
+)
+def test_what_is_frozen_stays_and_all_else_learns(family, frozen, teachers, data, held_out):
+    init = calibrate(RationalSAE.from_teacher(teachers[family]), [data.x])
+    trained = finetune(init, data, replace(SMALL, frozen=frozen), held_out=held_out)
+    for part, names in GATE_PARTS.items():
+        same = [torch.equal(a, b) for a, b in zip(values(trained, names), values(init, names), strict=True)]
+        if part not in frozen:
+            assert not any(same), part
+        elif part == "scales":  # kept through their logarithms
+            for a, b in zip(values(trained, names), values(init, names), strict=True):
+                torch.testing.assert_close(a, b)
+        elif part == "weights":  # biases pass through training units
+            torch.testing.assert_close(values(trained, names), values(init, names), rtol=1e-6, atol=1e-6)
+        else:
+            assert all(same), part
+    expected = float(L0) if "thresholds" not in frozen else mean_l0(trained, [held_out.x])
+    assert mean_l0(trained, [held_out.x]) == pytest.approx(expected, rel=0.02)
+
+
+def test_what_cannot_be_frozen(teachers, data, held_out, tmp_path):
+    for sae, frozen, message in (
+        (teachers["topk"], ("thresholds",), "no thresholds to freeze; it has weights"),
+        (teachers["topk"], ("weights",), "nothing is left to train"),
+        (teachers["jumprelu"], ("weights", "thresholds"), "nothing is left to train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(sae, data, replace(SMALL, frozen=frozen), held_out=held_out)
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
+def test_a_counting_threshold_counts_what_it_is_asked_to(family, teachers, data, held_out):
+    dense = calibrate(RationalSAE.from_teacher(teachers[family], support="dense"), [data.x])
+    eps = counting_threshold(dense, [held_out.x], 3.5)
+    assert (dense.encode(held_out.x).abs() > eps).sum() == 3.5 * len(held_out.x)
 
 
 @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])

@@ -37,13 +37,9 @@ def test_modules_pull_in_saelens_only_when_they_use_it() -> None:
 
 
 def test_import_takes_less_than_300_ms_beyond_torch() -> None:
-    code = "import time, torch; start = time.perf_counter(); import rsae; print(time.perf_counter() - start)"
-    best = float("inf")
-    for _ in range(5):  # the machine may be busy with other things
-        best = min(best, float(python(code)))
-        if best < 0.3:
-            break
-    assert best < 0.3
+    # Processor time, which a busy machine does not stretch as it does the wall's
+    code = "import time, torch; start = time.process_time(); import rsae; print(time.process_time() - start)"
+    assert float(python(code)) < 0.3
 
 
 KNOWN = "from sae_lens.registry import get_sae_class; print(*(c.__name__ for c in get_sae_class('rational')))"

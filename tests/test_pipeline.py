@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from sae_lens import SAE
-from tiny_host import save_tiny
+from tiny_host import save_text, save_tiny
 
 from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
 from rsae.hosts import load_host
-from rsae.pipeline import ARMS, UpgradeConfig, demo, upgrade
+from rsae.pipeline import ARMS, UpgradeConfig, demo, evaluate_folder, upgrade
 from rsae.sae import RationalSAE
 
 HOOK = "blocks.1.hook_resid_post"
@@ -33,11 +33,7 @@ def host(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    lines = [" ".join(f"w{i}" for i in torch.randint(0, 58, (30,), generator=generator)) for _ in range(900)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return str(path)
+    return save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +145,28 @@ def test_an_rsae_continues(demo_run, host, text, tmp_path):
     assert torch.equal(saes["control"].gate.num_coeffs, saes["teacher"].gate.num_coeffs)
     assert not torch.equal(saes["rsae"].gate.num_coeffs, saes["teacher"].gate.num_coeffs)
     assert not torch.equal(saes["control"].W_dec, saes["teacher"].W_dec)
+
+
+@pytest.mark.parametrize("family", ["relu", "topk"])
+def test_the_paper_s_recipe_counts_as_many_latents_as_the_teacher(family, demo_run, host, text, tmp_path):
+    config = replace(CONFIG, recipe="paper")
+    run = tmp_path / "run"
+    metrics = upgrade(demo_run[0] / family / "teacher", host, HOOK, text, run, config=config, trust=True)
+    assert SAE.load_from_disk(run / "rsae").cfg.support == "dense"
+    eps = metrics["config"]["eps"]
+    assert set(eps) == {"init", "rsae"}
+    assert min(eps.values()) > 0
+    assert metrics["rsae_dense"]["l0"] > 0.9 * SAE.load_from_disk(run / "rsae").cfg.d_sae
+    assert metrics["rsae"]["l0"] == pytest.approx(
+        metrics["control"]["l0"], rel=0.2
+    )  # matched on other text, of 400 tokens
+    assert metrics["rsae"]["fvu"] != metrics["rsae_dense"]["fvu"]
+    assert f"|z| > {eps['rsae']:g}" in metrics["counting_rule"]
+    assert "RSAE, nothing zeroed" in (run / "report.html").read_text()
+    acts = {"tokens": 300, "ce_tokens": 200, "progress": None}
+    again, _ = evaluate_folder(run, host, HOOK, text, run / "acts" / "train", **acts)
+    assert again["config"]["eps"] == eps
+    assert again["rsae"]["l0"] < again["rsae_dense"]["l0"]
 
 
 class TestRefusals:

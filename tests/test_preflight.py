@@ -11,7 +11,7 @@ import pytest
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from tiny_host import save_tiny
+from tiny_host import save_text, save_tiny
 
 from rsae.hosts import Host, load_host
 from rsae.preflight import preflight
@@ -30,11 +30,7 @@ def host(tmp_path_factory) -> Host:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    lines = [" ".join(f"w{i}" for i in torch.randint(0, 58, (30,), generator=generator)) for _ in range(900)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return str(path)
+    return save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 def sample(host: Host) -> torch.Tensor:

@@ -314,6 +314,16 @@ def test_a_gated_sae_is_a_jumprelu_of_its_magnitude(make_teacher, x, conventions
             torch.testing.assert_close(other.decode(expected), teacher.decode(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_a_dense_gated_start_is_that_of_the_jumprelu_that_it_is(make_teacher, x) -> None:
+    teacher = make_teacher("gated")
+    with torch.no_grad():
+        dense, same = (RationalSAE.from_teacher(sae, support="dense") for sae in (teacher, as_jumprelu(teacher)))
+        assert torch.equal(dense(x), same(x))
+        errors = (dense.encode(x) - teacher.encode(x)).abs()
+    assert errors.median() < 0.01
+    assert dense.cfg.metadata.rsae_teacher_architecture == "gated"
+
+
 def test_other_architectures_are_refused(make_teacher) -> None:
     from sae_lens import AbsTopKSAE, AbsTopKSAEConfig
 

@@ -11,7 +11,15 @@ import pandas as pd
 import pytest
 from tiny_host import VOCAB, tiny_tokenizer
 
-from rsae.text import Document, documents, evaluation_contexts, pack, sae_probes_documents, text_fingerprint
+from rsae.text import (
+    Document,
+    documents,
+    evaluation_contexts,
+    pack,
+    sae_probes_documents,
+    shared_documents,
+    text_fingerprint,
+)
 
 SPLITS = ("train", "validation", "evaluation")
 TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(50)] + [f"w{i} w{i}" for i in range(50)]
@@ -170,6 +178,17 @@ def test_evaluation_contexts(tmp_path) -> None:
     assert contexts.sources == ["t.jsonl"]
     with pytest.raises(ValueError, match=r"less than one context of 5000 tokens"):
         evaluation_contexts(tiny_tokenizer(), str(path), n_tokens=100, context_length=5000)
+
+
+def test_shared_documents_are_found(tmp_path) -> None:
+    texts = [f"document {i} tells of nothing that another one tells of, {i} times" for i in range(400)]
+    for name, more in (("apart", []), ("shared", ["a sentence that many of them have in common here."])):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": " ".join([text + ".", *more])}) + "\n" for text in texts)
+        )
+    apart, shared = str(tmp_path / "apart.jsonl"), str(tmp_path / "shared.jsonl")
+    assert shared_documents(apart) == 0
+    assert shared_documents(shared) == len(list(documents(shared, split="evaluation"))) > 5
 
 
 @pytest.mark.slow

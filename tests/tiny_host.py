@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -45,6 +46,14 @@ def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = Sequence([Split(" ", "removed"), Split("\n", "isolated")])
     names = special or {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def save_text(path: Path, documents: int = 900) -> str:
+    """Write random documents of 30 words as .jsonl; the path as text."""
+    generator = torch.Generator().manual_seed(0)
+    lines = [" ".join(f"w{i}" for i in torch.randint(0, 58, (30,), generator=generator)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)
 
 
 def save_tiny(folder: Path, kind: str = "llama", *, tokenizer: bool = True) -> Path:

@@ -62,6 +62,18 @@ def calibrate_threshold(teacher: SAE[Any], activations: Activations, l0: float |
 
 
 @torch.no_grad()
+def counting_threshold(sae: SAE[Any], activations: Activations, l0: float) -> float:
+    """The eps at which, on average, `l0` latents of a token have |z| > eps: what sparsity means for a dense gate."""
+    largest, tokens = [], 0
+    for x in activations:
+        tokens += len(x)
+        keep = min(math.ceil(4 * l0) + 1, sae.cfg.d_sae)
+        largest.append(sae.encode(x).abs().topk(keep, dim=1).values.flatten())
+    _require(tokens)
+    return _value_at_rank(torch.cat(largest), round(l0 * tokens))
+
+
+@torch.no_grad()
 def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     """A copy of `sae` whose mean L0 on `activations` is `l0`, by the one number its family leaves open.
 

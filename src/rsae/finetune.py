@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 Objective = Literal["matched-l0", "l0", "l1"]
+Part = Literal["weights", "thresholds", "scales", "shape"]
 
 LOG_EVERY = 10
 NORMALISED = ("layer_norm", "constant_norm_rescale")
@@ -58,9 +59,8 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 4e-4
     """Adam's learning rate of weights and biases."""
-    gate_lr: float | None = None
-    """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit. None: 5e-5
-    for an RSAE from a TopK, whose thresholds are right already, else 3e-4."""
+    gate_lr: float = 3e-4
+    """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""
     decay: float = 0.4
@@ -71,11 +71,13 @@ class FinetuneConfig:
     """For matched-l0; None: the L0 that the SAE has when it comes."""
     penalty: float | None = None
     """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
-    alpha: float | None = None
-    """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate).
-    None: 0.98 from a TopK, whose own rule is 1, else 0.7."""
+    alpha: float = 0.25
+    """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate)."""
     surrogate: Surrogate = field(default_factory=Surrogate)
     """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
+    frozen: tuple[Part, ...] = ()
+    """Parts that do not train: "weights" (of encoder and decoder, with their biases), "thresholds", "scales" (C_in, C_out), "shape"
+    (the rational's coefficients). With frozen thresholds L0 is not matched: it stays what the weights make of it."""
     seed: int = 0
     """Orders the batches."""
     checkpoint_every: int = 200
@@ -139,9 +141,16 @@ class Trainee(nn.Module, ABC):
         self.b_dec = nn.Parameter(weights["b_dec"] / unit)
         self.norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """Those trained at `gate_lr`."""
-        return []
+    def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
+        """The parameters that are trained at `gate_lr`, by part."""
+        return {}
+
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """Everything that can train, by part."""
+        gate = self.gate_parts()
+        in_gate = {id(parameter) for part in gate.values() for parameter in part}
+        weights = [p for p in self.parameters() if p.requires_grad and id(p) not in in_gate]
+        return {"weights": weights, **gate}
 
     def inputs(self, raw: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """A batch of activations in training units; sets `row_scale`. The same functions as SAELens applies at run time."""
@@ -167,7 +176,8 @@ class Trainee(nn.Module, ABC):
     @torch.no_grad()
     def constrain(self) -> None:
         """After an optimizer step: decoder rows back to their norms."""
-        self.W_dec.mul_(self.norms / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
+        if self.W_dec.requires_grad:
+            self.W_dec.mul_(self.norms / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     def begin(self, x: Float[Tensor, "batch d_in"]) -> None:
         """See the first batch before the first step."""
@@ -340,8 +350,8 @@ class ThresholdTrainee(SparseTrainee):
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         self.amplitude = TrainableGate(gate, self.unit) if gate is not None else None
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        return [self.log_threshold, *(self.amplitude.trained() if self.amplitude is not None else [])]
+    def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
+        return {"thresholds": [self.log_threshold], **(self.amplitude.parts() if self.amplitude is not None else {})}
 
     def choose(self, h: Tensor) -> sparse.Entries:
         share = 1 - 0.5 * self.surrogate.bandwidth
@@ -371,7 +381,8 @@ class ThresholdTrainee(SparseTrainee):
     def constrain(self) -> None:
         super().constrain()
         # What never fires learns nothing: its threshold comes down to it
-        self.log_threshold[self.silent > SILENT_TOKENS] -= 0.02
+        if self.log_threshold.requires_grad:
+            self.log_threshold[self.silent > SILENT_TOKENS] -= 0.02
 
     def steer(self, l0: float, target: float) -> None:
         if self.alpha == 1:
@@ -384,11 +395,11 @@ class ThresholdTrainee(SparseTrainee):
         return {"median_threshold": self.log_threshold.detach().exp().median().item() * self.unit}
 
     def write_gate(self, sae: SAE[Any]) -> None:
-        threshold = self.log_threshold.exp() * self.unit
-        if self.amplitude is None:
-            sae.threshold.data.copy_(threshold)  # type: ignore[union-attr]
-        else:
+        threshold = self.log_threshold.exp() * self.unit if self.log_threshold.requires_grad else None
+        if self.amplitude is not None:
             self.amplitude.write(sae, threshold)
+        elif threshold is not None:
+            sae.threshold.data.copy_(threshold)  # type: ignore[union-attr]
 
 
 class DenseTrainee(Trainee):
@@ -402,8 +413,8 @@ class DenseTrainee(Trainee):
             )
         self.amplitude = TrainableGate(sae.gate, self.unit)
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        return self.amplitude.trained()
+    def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
+        return self.amplitude.parts()
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -431,9 +442,9 @@ class TrainableGate(nn.Module):
         self.log_C_in = nn.Parameter((gate.C_in.detach() / self.unit).log())
         self.log_C_out = nn.Parameter((gate.C_out.detach() / self.unit).log())
 
-    def trained(self) -> list[nn.Parameter]:
-        """What the optimizer moves."""
-        return [self.log_C_in, self.log_C_out, self.gate.num_relative, self.gate.den_relative]
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """What can train."""
+        return {"scales": [self.log_C_in, self.log_C_out], "shape": [self.gate.num_relative, self.gate.den_relative]}
 
     def forward(self, h: Float[Tensor, "*batch"], latents: Tensor | None = None) -> Float[Tensor, "*batch"]:
         """Amplitude of a (batch, d_sae) matrix, or of entries with the indices of their latents."""
@@ -535,7 +546,6 @@ def finetune(
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
     check_trainable(sae)
     keep_pages()
-    config = _resolved(config, sae)
     inputs = {
         "config": asdict(config),
         "sae": _hash_of(sae),
@@ -551,9 +561,13 @@ def finetune(
     unit = _unit(data, config)
     start = _ready_to_train(sae, data, config, target)
     trainee = trainee_for(start, unit, config)
+    if absent := set(config.frozen) - set(trainee.parts()):
+        raise ValueError(f"this SAE has no {', '.join(sorted(absent))} to freeze; it has {', '.join(trainee.parts())}")
+    if set(config.frozen) == set(trainee.parts()):
+        raise ValueError(f"nothing is left to train: {', '.join(config.frozen)} is all that this SAE has")
     _train(trainee, data, config, target, folder, progress, name)
     result = trainee.export(start)
-    if config.objective == "matched-l0":
+    if config.objective == "matched-l0" and "thresholds" not in config.frozen:
         result = match_l0(result, _activations(held_out), target)
     if folder is not None:
         folder.finish(result)
@@ -570,12 +584,15 @@ def _train(
     name: str,
 ) -> None:
     """The loop."""
-    gate = trainee.gate_parameters()
-    in_gate = {id(parameter) for parameter in gate}
-    body = [p for p in trainee.parameters() if p.requires_grad and id(p) not in in_gate]
-    optimizer = torch.optim.Adam(
-        [{"params": body, "rate": config.lr}, {"params": gate, "rate": config.gate_lr}], betas=(0.9, 0.99), fused=True
-    )
+    parts = trainee.parts()
+    for part in config.frozen:
+        for parameter in parts.pop(part):
+            parameter.requires_grad_(False)
+    body = parts.pop("weights", [])
+    gate = [parameter for part in parts.values() for parameter in part]
+    groups = [{"params": body, "rate": config.lr}, {"params": gate, "rate": config.gate_lr}]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99), fused=True)
+    steers = config.objective == "matched-l0" and "thresholds" not in config.frozen
     first = folder.restore(trainee, optimizer) if folder is not None else 0
     if first == 0:
         trainee.begin(trainee.inputs(next(iter(data.batches(config.batch_size, seed=config.seed)))))
@@ -592,7 +609,7 @@ def _train(
         optimizer.step()
         trainee.constrain()
         l0 = result.l0.item()
-        if config.objective == "matched-l0":
+        if steers:
             trainee.steer(l0, target)
         variance = ((raw - data.mean) / trainee.error_unit).square().sum() / len(raw)
         sums += torch.stack([result.loss.detach(), result.squared_error.detach(), variance, result.l0])
@@ -637,22 +654,11 @@ def _unit(data: Store, config: FinetuneConfig) -> float:
     return math.sqrt(total / (rows * data.d_in))
 
 
-def _resolved(config: FinetuneConfig, sae: SAE[Any]) -> FinetuneConfig:
-    """The configuration with what depends on the teacher's family filled in."""
-    from_topk = isinstance(sae, RationalSAE) and sae.gate.alpha == 1
-    alpha, gate_lr = (0.98, 5e-5) if from_topk else (0.7, 3e-4)
-    return replace(
-        config,
-        alpha=alpha if config.alpha is None else config.alpha,
-        gate_lr=gate_lr if config.gate_lr is None else config.gate_lr,
-    )
-
-
 def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
     """An SAE in the form that trains: a rational gate with a positive threshold for each latent, a TopK with unit rows."""
     if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
         return without_rescaling(sae)
-    if not isinstance(sae, RationalSAE) or sae.gate.threshold is None:
+    if not isinstance(sae, RationalSAE) or sae.gate.threshold is None or "thresholds" in config.frozen:
         return sae
     sae = copy.deepcopy(sae)
     gate = sae.gate

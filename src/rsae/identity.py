@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from rsae.allocator import keep_pages
 from rsae.artefacts import Progress
-from rsae.evaluate import LanguageModel, exclusions
+from rsae.evaluate import LanguageModel, measured_batches
 from rsae.harvest import SinkRule
 from rsae.metrics import RESOLUTION
 from rsae.text import Contexts
@@ -142,16 +142,11 @@ def _measured(
 ) -> Iterator[tuple[Float[Tensor, "n d_in"], Int[Tensor, " n"]]]:
     """Activations of the measured tokens of each batch of contexts, and where in contexts.tokens, flattened, they are."""
     ids = torch.arange(contexts.tokens.numel()).view(contexts.tokens.shape)
-    for tokens, where in zip(contexts.tokens.split(batch_size), ids.split(batch_size), strict=True):
-        activations = host.activations(tokens, hook)
-        if not activations.isfinite().all():  # a gate may turn nan into 0
-            raise ValueError(f"nan or inf in the host's activations at {hook!r}: load the host in bfloat16 or float32")
-        masks = exclusions(tokens, activations, host.tokenizer, stats)
-        measured = ~(masks.bos | masks.special | masks.sink)
-        if measured.any():
-            yield activations[measured.to(activations.device)].float(), where[measured.cpu()]
+    for rows, _, measured, x in measured_batches(host, hook, contexts, stats, batch_size):
+        if len(x):
+            yield x, ids[rows][measured]
         if progress is not None:
-            progress("identity", int(where[-1, -1]) + 1, ids.numel())
+            progress("identity", int(ids[rows][-1, -1]) + 1, ids.numel())
 
 
 def _cosines(a: Float[Tensor, "d_sae d_in"], b: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:

@@ -206,6 +206,18 @@ static void horner(const float *coeffs, i64 n, const float *u, i64 m, float *out
         for (i64 e = 0; e < m; e++) out[e] = out[e] * u[e] + coeffs[c];
 }
 
+/* out[c] = sum of w u^c, c = 0 ... n - 1; w is used up. */
+static void power_sums(float *w, const float *u, i64 m, i64 n, double *out) {
+    for (i64 c = 0; c < n; c++) {
+        double sum = 0.0;
+        for (i64 e = 0; e < m; e++) {
+            sum += w[e];
+            w[e] *= u[e];
+        }
+        out[c] = sum;
+    }
+}
+
 void rational_forward(i64 size, i64 total, const float *h, const float *C_in, i64 step_in, const float *C_out, i64 step_out,
                       const float *num, i64 n_num, const float *den, i64 n_den, float centre, float scale, float *out) {
 #pragma omp parallel for schedule(static)
@@ -257,21 +269,7 @@ void rational_backward(i64 size, i64 total, const float *h, const float *grad, c
             w[e] = g * by / Q;
             v[e] = -w[e] * r * sign;
         }
-        for (i64 c = 0; c < n_num; c++) {
-            double sum = 0.0;
-            for (i64 e = 0; e < m; e++) {
-                sum += w[e];
-                w[e] *= u[e];
-            }
-            d_num[block * n_num + c] = sum;
-        }
-        for (i64 c = 0; c < n_den; c++) {
-            double sum = 0.0;
-            for (i64 e = 0; e < m; e++) {
-                sum += v[e];
-                v[e] *= u[e];
-            }
-            d_den[block * n_den + c] = sum;
-        }
+        power_sums(w, u, m, n_num, d_num + block * n_num);
+        power_sums(v, u, m, n_den, d_den + block * n_den);
     }
 }

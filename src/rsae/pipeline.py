@@ -6,16 +6,16 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
-from rsae.calibrate import calibrate, gate_curves, mean_l0
+from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs
 from rsae.finetune import FinetuneConfig, check_trainable, finetune
 from rsae.harvest import ActivationStore, harvest
@@ -23,6 +23,7 @@ from rsae.hosts import Host, load_host
 from rsae.identity import identity as compare_latents
 from rsae.preflight import preflight
 from rsae.pretrain import Family, pretrain
+from rsae.rational import Support
 from rsae.report import write_report
 from rsae.sae import RationalSAE, save_sae
 from rsae.teachers import load_teacher
@@ -30,8 +31,12 @@ from rsae.text import Contexts, Split, evaluation_contexts
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+    from torch import Tensor
 
 ARMS = ("teacher", "control", "init", "rsae")
+Recipe = Literal["hard", "paper"]
+# Price of l1 in the paper's recipe, in units of the squared error per token: the paper gives none
+PAPER_PENALTY = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,10 @@ class UpgradeConfig:
     """Tokens in a context."""
     degree: tuple[int, int] | None = None
     """(p, q) of the rational; None: (3, 2) for ReLU, (9, 8) for JumpReLU and TopK."""
+    recipe: Recipe = "hard"
+    """"hard": exact zeros, and the teacher's L0. "paper": the paper's dense gate, with an l1 price (`finetune.penalty`; None: 0.3).
+    That has no zeros to count, so it is settled after training what is one: |z| <= eps is zeroed before anything is measured, eps
+    such that L0 is the teacher's. The arm "rsae_dense" is the same with nothing zeroed."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Of both fine-tuned arms."""
 
@@ -130,6 +139,10 @@ def upgrade(
     config, out = config or UpgradeConfig(), Path(out)
     loaded = load_teacher(teacher)
     check_trainable(loaded.sae)
+    if config.recipe == "paper" and isinstance(loaded.sae, RationalSAE):
+        raise ValueError(
+            f"{teacher} is an RSAE already, whose gate is not fitted anew: --recipe paper needs its teacher"
+        )
     if isinstance(loaded.sae, RationalSAE) and loaded.sae.gate.support == "dense":
         raise ValueError(
             f"{teacher} is an RSAE with dense support, which has no sparsity to match: train it on with `rsae finetune "
@@ -154,9 +167,13 @@ def upgrade(
         data = Data.gather(model, hook, text, out / "acts", config, progress)
     arms = train_arms(out, loaded.sae, data, config, ledger, progress)
     with ledger.clock("evaluate"):
+        eps, measured = {}, arms
+        if config.recipe == "paper":
+            eps = counting_thresholds(arms, data)
+            measured = {**arms, "rsae_dense": arms["rsae"]}
         (metrics,) = evaluate_runs(
-            {out.name: arms}, model, data.hook, data.evaluation, store_stats=data.train.sink_rule,
-            ce_tokens=config.ce_tokens, config=identity, progress=progress,
+            {out.name: measured}, model, data.hook, data.evaluation, store_stats=data.train.sink_rule,
+            ce_tokens=config.ce_tokens, eps=eps, config=identity | {"eps": eps}, progress=progress,
         ).values()  # fmt: skip
     _record(out, loaded.family, arms, metrics, data, config, ledger)
     write_report([out], out / "report.html")
@@ -256,12 +273,18 @@ def train_arms(
     with ledger.clock("init"):
         sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
         is_rational = isinstance(teacher, RationalSAE)
-        init = teacher if is_rational else calibrate(RationalSAE.from_teacher(teacher, config.degree), sample)
+        support: Support = "dense" if config.recipe == "paper" else "hard"
+        made = teacher if is_rational else RationalSAE.from_teacher(teacher, config.degree, support=support)
+        init = made if is_rational else calibrate(made, sample)
         save_sae(init, run / "init")
     arms = {"teacher": teacher, "init": init}
     # There is no own gate to train in an RSAE's control but the rational: it keeps the one that it has
     of_control = replace(settings, gate_lr=0.0) if is_rational else settings
-    for arm, start, how in (("control", teacher, of_control), ("rsae", init, settings)):
+    of_rsae = settings
+    if config.recipe == "paper":
+        of_control = replace(settings, penalty=None)
+        of_rsae = replace(settings, objective="l1", penalty=settings.penalty or PAPER_PENALTY)
+    for arm, start, how in (("control", teacher, of_control), ("rsae", init, of_rsae)):
         with ledger.clock(arm):
             arms[arm] = finetune(
                 start, data.train, how, held_out=data.validation, out=run / arm, progress=progress,
@@ -270,50 +293,62 @@ def train_arms(
     return {arm: arms[arm] for arm in ARMS}
 
 
+def counting_thresholds(arms: Mapping[str, SAE[Any]], data: Data) -> dict[str, float]:
+    """For each dense arm the eps at which its L0 on validation text is the teacher's."""
+
+    def validation() -> Iterator[Tensor]:
+        return (x for x, _ in data.validation.iterate(2048))
+
+    l0 = mean_l0(arms["teacher"], validation())
+    dense = {arm: sae for arm, sae in arms.items() if isinstance(sae, RationalSAE) and sae.gate.support == "dense"}
+    return {arm: counting_threshold(sae, validation(), l0) for arm, sae in dense.items()}
+
+
 def evaluate_folder(
-    run: Path, host: str, hook: str, text: str, acts: Path, *, tokens: int, ce_tokens: int, progress: Progress | None
-) -> dict[str, Any]:
-    """Measure the arms that a run folder holds, and write its metrics.json."""
-    arms = {arm: load_teacher(run / arm).sae for arm in ARMS if (run / arm / "cfg.json").exists()}
-    if not arms:
-        raise ValueError(f"{run} holds none of {', '.join(ARMS)}: is it a run folder?")
-    store, model = ActivationStore.open(acts), load_host(host)
-    contexts = evaluation_contexts(
-        model.tokenizer, text, n_tokens=tokens, context_length=store.meta["config"]["context_length"]
-    )
-    config = {"host": host, "hook": hook, "text": text, "tokens": tokens, "ce_tokens": ce_tokens}
-    return evaluate(
-        arms, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, config=config,
-        out=run / "metrics.json", progress=progress,
-    )  # fmt: skip
-
-
-def identity_folder(
     run: Path,
-    teacher: str | Path,
     host: str,
     hook: str,
     text: str,
     acts: Path,
     *,
     tokens: int,
+    ce_tokens: int,
+    identity_of: str | None = None,
     progress: Progress | None,
-) -> dict[str, Any]:
-    """Compare the latents of the arms that a run folder holds with a teacher's, and write its identity.json."""
-    arms = {arm: load_teacher(run / arm).sae for arm in ARMS[1:] if (run / arm / "cfg.json").exists()}
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Measure the arms that a run folder holds, and write its metrics.json.
+
+    With `identity_of`, a teacher, the latents of the other arms are compared with that teacher's, for identity.json.
+
+    Returns:
+        The contents of both; None for one that was not asked for.
+    """
+    arms = {arm: load_teacher(run / arm).sae for arm in ARMS if (run / arm / "cfg.json").exists()}
     if not arms:
-        raise ValueError(f"{run} holds none of {', '.join(ARMS[1:])}: is it a run folder?")
-    loaded, store, model = load_teacher(teacher), ActivationStore.open(acts), load_host(host)
+        raise ValueError(f"{run} holds none of {', '.join(ARMS)}: is it a run folder?")
+    teacher = None if identity_of is None else load_teacher(identity_of)
+    store, model = ActivationStore.open(acts), load_host(host)
     contexts = evaluation_contexts(
         model.tokenizer, text, n_tokens=tokens, context_length=store.meta["config"]["context_length"]
     )
-    config = {
-        "teacher": str(teacher), "fingerprint": loaded.fingerprint, "host": host, "hook": hook, "text": text, "tokens": tokens,
-    }  # fmt: skip
-    compared = compare_latents(loaded.sae, arms, model, hook, contexts, store_stats=store.sink_rule, progress=progress)
-    result = {"schema": 1, "config": config, "provenance": provenance(), "sources": list(contexts.sources), **compared}
-    write_json(run / "identity.json", result)
-    return result
+    config = {"host": host, "hook": hook, "text": text, "tokens": tokens}
+    compared = None
+    if teacher is not None:  # first: a teacher that does not fit is refused before anything is written
+        others = {arm: sae for arm, sae in arms.items() if arm != "teacher"}
+        about = {**config, "teacher": str(identity_of), "fingerprint": teacher.fingerprint}
+        compared = {"schema": 1, "config": about, "provenance": provenance(), "sources": list(contexts.sources)}
+        compared |= compare_latents(
+            teacher.sae, others, model, hook, contexts, store_stats=store.sink_rule, progress=progress
+        )  # fmt: skip
+        write_json(run / "identity.json", compared)
+    # A paper recipe's run says what was counted in it
+    eps = (read_json(run / "metrics.json")["config"] if (run / "metrics.json").exists() else {}).get("eps", {})
+    measured = {**arms, "rsae_dense": arms["rsae"]} if "rsae" in eps else arms
+    metrics = evaluate(
+        measured, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, eps=eps,
+        config={**config, "ce_tokens": ce_tokens, "eps": eps}, out=run / "metrics.json", progress=progress,
+    )  # fmt: skip
+    return metrics, compared
 
 
 class Ledger:

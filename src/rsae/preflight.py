@@ -18,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsae.artefacts import Progress, provenance, write_json
-from rsae.evaluate import Autoencoder, evaluate, exclusions
+from rsae.evaluate import Autoencoder, evaluate, measured_batches
 from rsae.finetune import check_trainable
 from rsae.harvest import SinkRule
 from rsae.hosts import Host
+from rsae.metrics import ReconstructionMetrics
 from rsae.teachers import Teacher
 from rsae.text import Contexts, evaluation_contexts
 
@@ -123,10 +124,12 @@ def preflight(
             "declared": other.declared,
             "instead": other.instead,
             "fvu": fvu,
-            "l0": l0,
+            "l0": None if fvu is None else l0,
         }
         ratio, at_same_l0 = (None if value is None else value / declared for value in (fvu, same_l0))
-        better = fvu is not None and (fvu < BY_FAR * declared or (same_l0 or fvu) < other.enough * declared)
+        better = False
+        if fvu is not None and same_l0 is not None:
+            better = fvu < BY_FAR * declared or same_l0 < other.enough * declared
         alternatives.append({**row, "ratio": ratio, "ratio_at_same_l0": at_same_l0, "contradicts": better})
     contradicted = [row for row in alternatives if row["contradicts"]]
     warnings = [
@@ -220,19 +223,18 @@ def _activations(
     host: Host, hook: str, contexts: Contexts, progress: Progress | None
 ) -> tuple[Float[Tensor, "n d_in"], SinkRule, dict[str, float]]:
     """Activations of all tokens that are measured, in float32; the sink rule they make; the shares left out."""
-    batches = []
-    for start in range(0, len(contexts.tokens), 16):
-        batches.append(host.activations(contexts.tokens[start : start + 16], hook).float().cpu())
+    parts, counts = [], {"bos": 0, "special": 0}
+    every_token = SinkRule(torch.zeros(host.d_model), math.inf, 1.0)  # what a sink is, these tokens are to say
+    for rows, masks, _, x in measured_batches(host, hook, contexts, every_token):
+        parts.append(x.cpu())
+        counts = {name: count + int(getattr(masks, name).sum()) for name, count in counts.items()}
         if progress is not None:
-            progress("inspect", min(start + 16, len(contexts.tokens)), len(contexts.tokens))
-    x = torch.cat(batches)
-    blank = SinkRule(x.new_zeros(x.shape[-1]), float("inf"), 1.0)
-    masks = exclusions(contexts.tokens, x, host.tokenizer, blank)
-    measured = ~(masks.bos | masks.special)
-    rule = SinkRule.fit(x[measured], SINK_RATIO)
-    sinks = rule.is_sink(x) & measured
-    shares = {"bos": masks.bos, "special": masks.special, "sink": sinks}
-    return x[measured & ~sinks], rule, {name: float(mask.float().mean()) for name, mask in shares.items()}
+            progress("inspect", rows.stop, len(contexts.tokens))
+    x = torch.cat(parts)
+    rule = SinkRule.fit(x, SINK_RATIO)
+    sinks = rule.is_sink(x)
+    counts["sink"] = int(sinks.sum())
+    return x[~sinks], rule, {name: count / contexts.tokens.numel() for name, count in counts.items()}
 
 
 def _without_bos(contexts: Contexts) -> Contexts:
@@ -241,18 +243,20 @@ def _without_bos(contexts: Contexts) -> Contexts:
 
 @torch.inference_mode()
 def _measure(sae: Autoencoder, x: Float[Tensor, "n d_in"], keep: int | None = None) -> tuple[float | None, float]:
-    """Fraction of variance unexplained (None where it is not finite) and mean L0; of the `keep` largest latents, if given."""
-    error, active = 0.0, 0
+    """FVU (None where something is not finite) and mean L0; of the `keep` largest latents, if given."""
+    metrics = ReconstructionMetrics(x.shape[1], sae.cfg.d_sae)
     for part in x.split(_ROWS):
         latents = sae.encode(part)
         if keep is not None:  # by what they contribute
             size = latents.abs() * sae.W_dec.norm(dim=1)
             kept = size.topk(min(keep, size.shape[1]), dim=1).indices
             latents = torch.zeros_like(latents).scatter(1, kept, latents.gather(1, kept))
-        error += float((sae.decode(latents) - part).double().square().sum())
-        active += int((latents != 0).sum())
-    fvu = error / float((x - x.mean(0)).double().square().sum())
-    return fvu if math.isfinite(fvu) else None, active / len(x)
+        x_hat = sae.decode(latents)
+        if not (latents.isfinite().all() and x_hat.isfinite().all()):
+            return None, math.nan
+        metrics.update(part, x_hat, latents, torch.zeros(len(part), dtype=torch.int64))
+    found = metrics.compute()
+    return found["fvu"], found["l0"]
 
 
 def _found(sae: SAE[Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from rsae.artefacts import Progress
 from rsae.calibrate import calibrate_threshold
 from rsae.finetune import FinetuneConfig, Store, finetune
+from rsae.teachers.checkpoint import build
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -52,24 +53,17 @@ def initial_sae(
     family: Family, data: Store, *, d_sae: int, l0: float, seed: int, metadata: dict[str, Any] | None = None
 ) -> SAE[Any]:
     """An untrained SAE: random unit decoder rows, the encoder their transpose, b_dec the mean activation."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens import JumpReLUSAE, StandardSAE
 
-    shape: dict[str, Any] = {"d_in": data.d_in, "d_sae": d_sae, "metadata": SAEMetadata(**(metadata or {}))}
-    if family == "relu":
-        sae = StandardSAE(StandardSAEConfig(**shape))
-    elif family == "jumprelu":
-        sae = JumpReLUSAE(JumpReLUSAEConfig(**shape))
-    elif family == "topk":
-        sae = TopKSAE(TopKSAEConfig(k=round(l0), **shape))
-    else:
+    if family not in ("relu", "jumprelu", "topk"):
         raise ValueError(f"family is 'relu', 'jumprelu' or 'topk'; got {family!r}")
     directions = F.normalize(torch.randn(d_sae, data.d_in, generator=torch.Generator().manual_seed(seed)), dim=1)
+    weights = {"W_enc": directions.T.contiguous(), "W_dec": directions, "b_dec": data.mean}
+    if family == "jumprelu":
+        weights["threshold"] = torch.zeros(d_sae)
+    k = round(l0) if family == "topk" else None
+    sae = build(family, weights, k=k, apply_b_dec_to_input=True, metadata=metadata)
     with torch.no_grad():
-        sae.W_dec.copy_(directions)
-        sae.W_enc.copy_(directions.T)
-        sae.b_enc.zero_()
-        sae.b_dec.copy_(data.mean)
         first = [next(iter(data.batches(2048, seed=seed)))]
         if isinstance(sae, JumpReLUSAE):
             sae.threshold.fill_(calibrate_threshold(sae, first, l0))

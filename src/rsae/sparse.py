@@ -223,7 +223,8 @@ class _Decode(torch.autograd.Function):
         latents, W_dec = ctx.saved_tensors
         (grad,) = grad_outputs
         grad = grad.contiguous()
-        return ctx.entries.dots(grad, W_dec), ctx.entries.sum_by_latent(latents, grad), grad.sum(0), None
+        d_W_dec = ctx.entries.sum_by_latent(latents, grad) if ctx.needs_input_grad[1] else None
+        return ctx.entries.dots(grad, W_dec), d_W_dec, grad.sum(0), None
 
 
 def decode(

@@ -173,6 +173,17 @@ def too_short(text: str, split: str, context_length: int) -> str:
     )
 
 
+def shared_documents(spec: str, split: Split = "evaluation") -> int:
+    """How many documents of `split` share a line or a sentence of 40 characters with a training document (blanks, case and
+    punctuation aside)."""
+    held_out = [_long_keys(document.text) for document in documents(spec, split=split)]
+    wanted = set().union(*held_out)
+    found: set[str] = set()
+    for document in documents(spec, split="train"):
+        found |= _long_keys(document.text) & wanted
+    return sum(not keys.isdisjoint(found) for keys in held_out)
+
+
 # --- the packaged text ---
 
 _TRAIN_SETS = ("45_context_ans", "55_open_qa", "93_glue_stsb", "99_sci_cat", "111_yelp_data")
@@ -245,6 +256,11 @@ def _units(name: str, texts: list[str]) -> list[list[str]]:
 def _keys(text: str) -> set[str]:
     """What is looked up among the probing texts: the text, its lines, and its longer sentences."""
     return {_bare(text), *map(_bare, text.split("\n")), *_sentences(text)} - {""}
+
+
+def _long_keys(text: str) -> set[str]:
+    """The bare lines and sentences of a text that are long enough not to be in two by chance."""
+    return {key for key in _keys(text) if len(key) >= 30}
 
 
 def _sentences(text: str) -> Iterator[str]:

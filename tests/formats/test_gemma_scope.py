@@ -215,7 +215,7 @@ def test_folders_of_transcoders_and_crosscoders_are_refused(tmp_path: Path, fold
     ("config", "message"),
     [
         ("{", r"config.json is not valid JSON"),
-        ("[]", r"config.json lacks architecture; it has list"),
+        ("[]", r"holds a list, not a configuration"),
         ({"width": D_SAE}, r"config.json lacks architecture; it has width"),
         (CONFIG | {"architecture": "topk"}, r"architecture 'topk'"),
         (CONFIG | {"type": "transcoder"}, r"a transcoder from"),

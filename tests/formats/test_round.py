@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import test_sparsify as sparsify
 import torch
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class, get_sae_training_class
-from tiny_host import save_tiny
+from tiny_host import save_text, save_tiny
 
 from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
@@ -86,11 +86,7 @@ def host(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    lines = [" ".join(f"w{i}" for i in torch.randint(0, 58, (30,), generator=generator)) for _ in range(600)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return str(path)
+    return save_text(tmp_path_factory.mktemp("text") / "text.jsonl", 600)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -119,3 +115,30 @@ def test_round(name, host, text, tmp_path) -> None:
     assert metrics["rsae"]["l0"] == pytest.approx(
         metrics["control"]["l0"], rel=0.2
     )  # 300 tokens matched, 300 others measured
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_through_the_hub_s_cache(name, tmp_path, monkeypatch) -> None:
+    """The layout that the hub's client leaves: a snapshot whose files are links to blobs. Read offline, by OWNER/REPO:PATH."""
+    from huggingface_hub import constants
+
+    (tmp_path / "local").mkdir()
+    checkpoint = WRITERS[name](tmp_path / "local" / "folder")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    root, commit = tmp_path / "hub" / "models--owner--repo", "0" * 40
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    (root / "blobs").mkdir()
+    for number, file in enumerate(file for file in (tmp_path / "local").rglob("*") if file.is_file()):
+        link = root / "snapshots" / commit / file.relative_to(tmp_path / "local")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = root / "blobs" / str(number)
+        blob.write_bytes(file.read_bytes())
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    here, there = load_teacher(checkpoint), load_teacher(f"owner/repo:{checkpoint.relative_to(tmp_path / 'local')}")
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)) + 0.5
+    with torch.no_grad():
+        assert torch.equal(here.sae(x), there.sae(x))
+    assert here.fingerprint == there.fingerprint
+    assert here.conventions["hook_name"] == there.conventions["hook_name"]

@@ -10,10 +10,16 @@ from typing import Any
 
 from rsae.artefacts import read_json
 
-ARMS = {"teacher": "teacher", "control": "control", "init": "RSAE init", "rsae": "RSAE"}
+ARMS = {
+    "teacher": "teacher",
+    "control": "control",
+    "init": "RSAE init",
+    "rsae": "RSAE",
+    "rsae_dense": "RSAE, nothing zeroed",
+}
 """Key of an arm in the files -> its name on the page, in the order of every table and legend."""
 
-FAMILIES = {"relu": "ReLU", "jumprelu": "JumpReLU", "topk": "TopK"}
+FAMILIES = {"relu": "ReLU", "jumprelu": "JumpReLU", "topk": "TopK", "gated": "Gated", "rational": "RSAE"}
 
 
 @dataclass(frozen=True, kw_only=True)

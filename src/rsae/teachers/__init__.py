@@ -167,8 +167,10 @@ def _stored_dtype(files: tuple[Path, ...]) -> str:
             with safe_open(file, "pt") as opened:
                 names |= {_SAFETENSORS_DTYPES.get(d := str(opened.get_slice(n).get_dtype()), d) for n in opened.keys()}  # noqa: SIM118
         else:
-            values = [value for value in Tensors(file).values.values() if isinstance(value, torch.Tensor)]
-            names |= {str(value.dtype).removeprefix("torch.") for value in values if value.is_floating_point()}
+            found: list[Any] = list(Tensors(file).values.values())
+            found += [inner for value in found if isinstance(value, dict) for inner in value.values()]
+            tensors = [value for value in found if isinstance(value, torch.Tensor) and value.is_floating_point()]
+            names |= {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     return ", ".join(sorted(names)) or "not known"
 
 

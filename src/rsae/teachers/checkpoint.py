@@ -6,6 +6,7 @@ Each format is a module with two functions: `matches(path)`, cheap, by file name
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from dataclasses import dataclass, field
@@ -109,6 +110,24 @@ class Tensors:
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{self.file}: {name} is {found}; expected a tensor of floating point numbers")
         return value
+
+
+def read_config(file: str | Path) -> dict[str, Any]:
+    """A checkpoint's JSON configuration.
+
+    Raises:
+        ValueError: no such file, not JSON, or not an object.
+    """
+    file = Path(file)
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist: without it nothing says what the weights beside it are") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): copy it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, not a configuration")
+    return value
 
 
 def build(

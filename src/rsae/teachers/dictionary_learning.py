@@ -6,7 +6,6 @@ fold their input scale into the biases and thresholds they save, so every class 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rsae.teachers.checkpoint import Family, Reading, Tensors, build
+from rsae.teachers.checkpoint import Family, Reading, Tensors, build, read_config
 
 
 class _Class(NamedTuple):
@@ -72,7 +71,7 @@ def matches(path: Path) -> bool:
     """Whether `path` is ae.pt, a folder with it or with trainer_N/ae.pt, or a folder whose config.json names a dict_class."""
     path = Path(path)
     try:
-        return bool(_weights_files(path)) or "dict_class" in _config(path / "config.json")["trainer"]
+        return bool(_weights_files(path)) or "dict_class" in read_config(path / "config.json")["trainer"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -147,19 +146,10 @@ def _weights_file(path: Path) -> Path:
     raise ValueError(f"{path} has no ae.pt: a dictionary_learning checkpoint is a folder with ae.pt and config.json")
 
 
-def _config(file: Path) -> Any:
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist: without it nothing says what the weights beside it are")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): copy it again") from None
-
-
 def _sections(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json's "trainer", and its "buffer", which only training from a buffer of activations writes."""
-    config = _config(file)
-    trainer = config.get("trainer") if isinstance(config, dict) else None
+    config = read_config(file)
+    trainer = config.get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise ValueError(
             f"{file} lacks {'trainer.dict_class' if isinstance(trainer, dict) else 'trainer, a dictionary'}"

@@ -12,17 +12,15 @@ Whose activations these are, the folders say, as they are named on the hub and i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rsae.teachers.checkpoint import Reading, Tensors, build
+from rsae.teachers.checkpoint import Reading, Tensors, build, read_config
 
 WEIGHTS = ("params.safetensors", "params.npz")
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
@@ -105,8 +103,6 @@ def _weights(path: Path) -> Path | None:
 
 
 def _tensors(file: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    if file.suffix == ".npz" and not zipfile.is_zipfile(file):  # NumPy would not close it before it complains
-        raise ValueError(f"{file} cannot be read (it is no .npz archive): truncated? copy it again")
     tensors = Tensors(file)
     names = {name.lower(): name for name in tensors.values}
     if extra := sorted(set(names) - {"scaling_factor", *map(str.lower, TENSORS)}):
@@ -160,13 +156,9 @@ def _model(repository: re.Match[str] | None, config: dict[str, Any]) -> tuple[st
 
 def _config(file: Path) -> dict[str, Any]:
     """config.json of Gemma Scope 2. Raises ValueError: not JSON, or not of a JumpReLU SAE."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): copy it again") from error
-    if not isinstance(config, dict) or "architecture" not in config:
-        found = ", ".join(sorted(config)) if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{file} lacks architecture; it has {found}")
+    config = read_config(file)
+    if "architecture" not in config:
+        raise ValueError(f"{file} lacks architecture; it has {', '.join(sorted(config))}")
     if config["architecture"] != "jump_relu":
         raise ValueError(f"{file}: architecture {config['architecture']!r}; Gemma Scope's SAEs are jump_relu")
     before, kind = config.get("hf_hook_point_in"), config.get("type", "sae")

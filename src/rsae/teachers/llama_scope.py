@@ -12,7 +12,6 @@ weights, and its jump_relu_threshold is of that scale: its latents are h_j n_j /
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from rsae.teachers.checkpoint import Family, Reading, Tensors, build
+from rsae.teachers.checkpoint import Family, Reading, Tensors, build, read_config
 
 CONFIGS = ("hyperparams.json", "config.json")
 STEMS = ("sae_weights", "checkpoints/pruned", "checkpoints/final")  # in lm-saes' order of preference
@@ -40,10 +39,9 @@ def matches(path: Path) -> bool:
     if file is None or file.name == "hyperparams.json":
         return file is not None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {"d_model", "act_fn", "norm_activation"} <= set(read_config(file))
+    except ValueError:
         return False
-    return isinstance(config, dict) and {"d_model", "act_fn", "norm_activation"} <= set(config)
 
 
 def read(path: Path) -> Reading:
@@ -118,13 +116,7 @@ class _Config:
     """A configuration whose complaints name the file and the key."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        try:
-            self.values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} is not valid JSON ({error}): copy it again") from error
-        if not isinstance(self.values, dict):
-            raise ValueError(f"{file} holds a {type(self.values).__name__}, not a configuration")
+        self.file, self.values = file, read_config(file)
 
     def need(self, key: str, *kinds: type) -> Any:
         if key not in self.values:

@@ -8,8 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rsae.artefacts import read_json
-from rsae.teachers.checkpoint import Reading
+from rsae.teachers.checkpoint import Reading, read_config
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated", "rational")
@@ -36,9 +35,7 @@ def read(path: Path) -> Reading:
     for name in (CFG, WEIGHTS):
         if not (path / name).is_file():
             raise ValueError(f"{path} has no {name}: a SAELens checkpoint is a folder with {CFG} and {WEIGHTS}")
-    config = read_json(path / CFG)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}/{CFG} holds a {type(config).__name__}, not a SAELens configuration")
+    config = read_config(path / CFG)
     architecture = config.get("architecture", "standard")
     decided = {"conventions": f"{CFG}, as SAELens reads it"}
     _refuse_what_would_be_dropped(path / CFG, config, str(architecture))

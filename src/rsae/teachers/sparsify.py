@@ -6,12 +6,12 @@ largest z weigh their rows of W_dec, and b_dec is added to the sum. Inputs and d
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from rsae.teachers.checkpoint import Reading, Tensors, build
+from rsae.teachers.checkpoint import Reading, Tensors, build, read_config
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
@@ -29,17 +29,13 @@ TRAINING_ONLY = {"gram_table_hash", "lookup_max_order", "multi_topk", "normalize
 
 def matches(path: Path) -> bool:
     """A folder with sae.safetensors and a cfg.json that is not SAELens', or that sae.safetensors itself."""
-    try:
-        folder = path.parent if path.name == WEIGHTS else path
-        if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-            return False
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError:
+    folder = path.parent if path.name == WEIGHTS else path
+    if not all(os.path.isfile(folder / name) for name in (WEIGHTS, CONFIG)):  # unlike Path.is_file it never raises
         return False
+    try:
+        config = read_config(folder / CONFIG)
     except ValueError:
         return True  # so that read() can say what is wrong with it
-    if not isinstance(config, dict):
-        return True
     return ("k" in config or "expansion_factor" in config) and "architecture" not in config
 
 
@@ -54,7 +50,7 @@ def read(path: Path) -> Reading:
     """
     path = Path(path)
     folder = path.parent if path.name == WEIGHTS else path
-    config = _json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     _check(config, folder / CONFIG)
     d_in, k = (_count(config, key, folder / CONFIG) for key in ("d_in", "k"))
     if config.get("num_latents"):
@@ -137,7 +133,7 @@ def _origin(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     else:
         decided["hook_name"] = f"unknown: the folder's name {name} is no hookpoint"
     run = hookpoint.parent / "config.json"
-    config = _json(run) if run.is_file() else {}
+    config = read_config(run) if run.is_file() else {}
     if isinstance(config.get("model"), str):  # a host's own config.json has no such key
         known = {
             "model_name": config["model"],
@@ -149,15 +145,3 @@ def _origin(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     else:
         decided["model_name"] = "unknown: no config.json of the training run beside the folder"
     return metadata, decided
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist: the checkpoint is not complete") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): copy it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, not a configuration")
-    return value

@@ -1,0 +1,277 @@
+"""Is the gain the gate's? Teachers of every family, upgraded beside tuned controls, measured on other sources' text.
+
+    python -m benchmarks.evidence [--only TEXT] [--minutes N] [--tables]
+
+runs the grid cell by cell and, after each, writes results/evidence.json, EVIDENCE.md and evidence-*.svg, and the table of
+README.md. A cell is a host, a hook, a family, a width, a sparsity and a seed (of teacher and batches). What is finished is not run
+again, a killed cell continues: models and activations are in runs/evidence, and results/evidence.json keeps what was measured.
+
+    --only TEXT    only cells whose name contains TEXT (gemma, topk, l0-32, seed-0, ...)
+    --minutes N    start no cell after N minutes
+    --tables       run nothing: the tables anew from results/evidence.json
+
+Every trained arm sees the same batches for the same steps; all are matched to the teacher's L0 on validation text (exact zeros are
+counted), and compared on held-out documents of sources that no training text is from, paired by document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from benchmarks.evidence_tables import short, write_tables
+
+from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
+from rsae.calibrate import calibrate, counting_threshold, mean_l0
+from rsae.cli import progress_shown
+from rsae.evaluate import evaluate_runs
+from rsae.finetune import FinetuneConfig, finetune
+from rsae.hosts import load_host
+from rsae.identity import identity
+from rsae.pipeline import Data, UpgradeConfig
+from rsae.pretrain import Family, pretrain
+from rsae.rational import Surrogate
+from rsae.sae import RationalSAE
+from rsae.text import Contexts, shared_documents
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, RESULTS = ROOT / "runs" / "evidence", ROOT / "results"
+
+TEXT = "package:sae-probes"
+LAYERS = {"package:smollm2-135m": (5, 15, 25), "package:gemma3-270m": (3, 9, 14)}
+"""An early, the middle and a late layer of each host."""
+FAMILIES: tuple[Family, ...] = ("relu", "jumprelu", "topk")
+BATCH = 2048
+TEACHER = FinetuneConfig(
+    steps=3000, batch_size=BATCH, lr=1e-3, warmup=0.1, decay=0.3, penalty=2.5, checkpoint_every=500
+)
+FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
+DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
+"""220,000 tokens of text leave more than 200,000 that are measured."""
+PAPER_PENALTY = 0.3
+IDENTITY = 160
+"""Contexts that latents are compared on, index by index, in cells with all arms: about 40,000 tokens."""
+L0_TOLERANCE = 0.01
+"""A cell whose two arms end further apart than this in L0, on the tokens they are compared on, has failed."""
+
+
+class Arm(NamedTuple):
+    """An arm that is trained: what it starts from, and how it differs from FINETUNE."""
+
+    start: str
+    change: dict[str, Any]
+
+
+NO_RATIONAL = ("scales", "shape")
+ARMS: dict[str, Arm] = {
+    "control": Arm("teacher", {}),
+    "rsae": Arm("init", {}),
+    "scale_only": Arm("scales", {"frozen": ("weights", "thresholds", "shape")}),
+    "gate_only": Arm("init", {"frozen": ("weights",)}),
+    "threshold_rectangle": Arm(
+        "init", {"alpha": 0.0, "frozen": NO_RATIONAL, "surrogate": Surrogate("rectangle", strength=0.0)}
+    ),
+    "threshold_jump": Arm("init", {"alpha": 0.0, "frozen": NO_RATIONAL}),
+    "threshold_follow": Arm("init", {"frozen": NO_RATIONAL}),
+    "paper": Arm("dense", {"objective": "l1", "penalty": PAPER_PENALTY}),
+}
+MAIN = ("control", "rsae")
+"""The arms of cells beside those of the middle layer and sparsity with the first seed, which have all."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One teacher and its arms."""
+
+    host: str
+    layer: int
+    family: Family
+    l0: int
+    seed: int
+    expansion: int = 8
+
+    @property
+    def hook(self) -> str:
+        return f"blocks.{self.layer}.hook_resid_post"
+
+    @property
+    def name(self) -> str:
+        return f"{short(self.host)}/layer-{self.layer}/{self.family}-x{self.expansion}-l0-{self.l0}-seed-{self.seed}"
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        is_central = self.layer == LAYERS[self.host][1] and (self.l0, self.seed, self.expansion) == (32, 0, 8)
+        return tuple(ARMS) if is_central else MAIN
+
+
+def grid() -> list[Cell]:
+    """All cells, those that say most first."""
+    middle = [(host, layers[1]) for host, layers in LAYERS.items()]
+    outer = [(host, layer) for host, layers in LAYERS.items() for layer in (layers[0], layers[2])]
+    cells = [Cell(host, layer, family, 32, 0) for host, layer in middle for family in FAMILIES]
+    cells += [Cell(host, layer, family, l0, 0) for host, layer in middle for l0 in (16, 64) for family in FAMILIES]
+    cells += [Cell(host, layer, family, 32, seed) for seed in (1, 2) for host, layer in middle for family in FAMILIES]
+    cells += [Cell(host, layer, family, 32, 0) for host, layer in outer for family in FAMILIES]
+    return [*cells, Cell("package:gemma3-270m", 9, "topk", 32, 0, expansion=25)]  # 16,000 latents
+
+
+def starts(teacher: SAE[Any], data: Data, seed: int) -> dict[str, SAE[Any]]:
+    """What the arms start from."""
+    sample = list(islice(data.train.batches(BATCH, seed=seed), 4))
+    init = calibrate(RationalSAE.from_teacher(teacher), sample)
+    scales = calibrate(RationalSAE.from_teacher(teacher), sample)
+    for name in ("C_in", "C_out"):
+        value = getattr(scales.gate, name)
+        setattr(scales.gate, name, torch.nn.Parameter(value.detach().expand(teacher.cfg.d_sae).clone()))
+    scales.sync_config()
+    dense = calibrate(RationalSAE.from_teacher(teacher, support="dense"), sample)
+    return {"teacher": teacher, "init": init, "scales": scales, "dense": dense}
+
+
+def run(cell: Cell, data: Data, out: Path, progress: Progress | None) -> dict[str, Any]:
+    """Train and measure a cell; its entry in evidence.json."""
+    teacher = pretrain(
+        cell.family, data.train, replace(TEACHER, target_l0=float(cell.l0), seed=cell.seed), d_sae=cell.expansion * data.train.d_in,
+        held_out=data.validation, metadata={"model_name": cell.host, "hook_name": cell.hook}, out=out / "teacher",
+        progress=progress,
+    )  # fmt: skip
+    teacher_hash = sha256_file(out / "teacher" / "sae_weights.safetensors")
+    l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
+    start = starts(teacher, data, cell.seed)
+    is_central = len(cell.arms) > len(MAIN)
+    saes: dict[str, Any] = {"teacher": teacher} | ({"init": start["init"]} if is_central else {})
+    for name in cell.arms:
+        how = replace(FINETUNE, target_l0=l0, seed=cell.seed, **ARMS[name].change)
+        saes[name] = finetune(
+            start[ARMS[name].start], data.train, how, held_out=data.validation, out=out / name, progress=progress,
+            name=f"{cell.name} {name}",
+        )  # fmt: skip
+    eps = {}
+    if "paper" in saes:
+        saes["paper_hardened"] = saes["paper"]
+        eps["paper_hardened"] = counting_threshold(saes["paper"], (x for x, _ in data.validation.iterate(BATCH)), l0)
+    pairs = [
+        ("rsae", "control"),
+        ("rsae", "teacher"),
+        *((arm, "control") for arm in saes if arm not in ("rsae", "control")),
+    ]
+    (found,) = evaluate_runs(
+        {"": saes}, data.host, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=DATA.ce_tokens,
+        eps=eps, pairs=pairs, progress=progress,
+    ).values()  # fmt: skip
+    gap = abs(found["rsae"]["l0"] / found["control"]["l0"] - 1)
+    contexts = Contexts(
+        data.evaluation.tokens[:IDENTITY], data.evaluation.documents[:IDENTITY], data.evaluation.sources
+    )
+    return about(cell, data) | {
+        "teacher": teacher_hash,
+        "excluded": found["excluded"],
+        "arms": {arm: found[arm] for arm in saes} | {arm: found[arm] | {"eps": value} for arm, value in eps.items()},
+        **{"_minus_".join(pair): found["_minus_".join(pair)] for pair in pairs},
+        "verdict": found["verdict"],
+        "failed": f"L0 of rsae and control are {gap:.1%} apart" if gap > L0_TOLERANCE else None,
+        "identity": identity(
+            teacher, {arm: saes[arm] for arm in MAIN}, data.host, data.hook, contexts, store_stats=data.train.sink_rule,
+            progress=progress,
+        )
+        if is_central
+        else {},
+        "cost": {
+            "seconds": {name: _seconds(out / name) for name in ("teacher", *cell.arms)},
+            "scalars_added": sum(p.numel() for p in saes["rsae"].gate.parameters()) - _thresholds(teacher),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        },
+    }  # fmt: skip
+
+
+def _seconds(arm: Path) -> float:
+    """Time of an arm's steps, at the rate of its last stretch: a run that was killed has several."""
+    last = json.loads((arm / "log.jsonl").read_text().splitlines()[-1])
+    return round(last["tokens"] / last["tokens_per_s"], 1)
+
+
+def _thresholds(teacher: SAE[Any]) -> int:
+    """How many thresholds a teacher has of its own."""
+    return teacher.cfg.d_sae if teacher.cfg.architecture() == "jumprelu" else 0
+
+
+def settings() -> dict[str, Any]:
+    """What a cell's numbers depend on besides its name."""
+    return {
+        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(FINETUNE), "data": asdict(DATA), "paper": PAPER_PENALTY,
+    }  # fmt: skip
+
+
+def about(cell: Cell, data: Data) -> dict[str, Any]:
+    """What a cell is."""
+    return {
+        "host": cell.host, "hook": cell.hook, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
+        "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
+        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings()), "provenance": provenance(),
+    }  # fmt: skip
+
+
+def gather(cell: Cell, progress: Progress | None) -> Data:
+    """The host of a cell, and the activations that all cells of its hook share."""
+    folder = RUNS / "acts" / short(cell.host) / cell.hook
+    return Data.gather(load_host(cell.host), cell.hook, TEXT, folder, DATA, progress)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--tables", action="store_true")
+    arguments = parser.parse_args()
+    file = RESULTS / "evidence.json"
+    evidence = read_json(file) if file.exists() else {"cells": []}
+    known = {cell["name"]: cell for cell in evidence["cells"]}
+    began = time.monotonic()
+    held: tuple[tuple[str, str], Data] | None = None
+    with progress_shown() as progress:
+        if not arguments.tables and "shared_documents" not in evidence:
+            evidence["shared_documents"] = shared_documents(TEXT)
+        for cell in [] if arguments.tables else grid():
+            done = known.get(cell.name)
+            if arguments.only not in cell.name or (done and done["settings"] == config_hash(settings())):
+                continue
+            if time.monotonic() - began > 60 * arguments.minutes:
+                break
+            if held is None or held[0] != (cell.host, cell.hook):
+                held = None
+                held = (cell.host, cell.hook), gather(cell, progress)
+            try:
+                found = run(cell, held[1], RUNS / cell.name, progress)
+            except ValueError as error:
+                if "another run" in str(error):  # a folder of other settings, which is for its owner to delete
+                    raise
+                # nan, a sparsity out of reach: it stands in the table
+                found = about(cell, held[1]) | {"arms": {}, "verdict": {}, "failed": str(error)}
+            known[cell.name] = {"name": cell.name, **found}
+            stamp = provenance()
+            order = {each.name: i for i, each in enumerate(grid())}
+            cells = sorted(known.values(), key=lambda entry: order.get(entry["name"], len(order)))
+            evidence |= {
+                "commit": stamp["commit"],
+                "machine": stamp["machine"],
+                "text": TEXT,
+                "settings": settings(),
+                "cells": cells,
+            }
+            write_json(file, evidence)
+            write_tables(evidence, RESULTS)
+    write_tables(evidence, RESULTS)
+
+
+if __name__ == "__main__":
+    main()

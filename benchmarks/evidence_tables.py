@@ -1,0 +1,282 @@
+"""results/evidence.json as pages: EVIDENCE.md, its figures, and the table of README.md. Called by benchmarks.evidence."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rsae.artefacts import atomic
+
+MARKS = ("<!-- evidence: made by python -m benchmarks.evidence -->", "<!-- /evidence -->")
+COLOURS = {"teacher": "#8d99ae", "control": "#30638e", "rsae": "#d1495b"}
+METRICS = ("fvu", "delta_ce", "alive", "dense")
+SAYS = {
+    "teacher": "the teacher as it came",
+    "control": "**control**: its own architecture, fine-tuned",
+    "init": "RSAE, initialised",
+    "scale_only": "a scale for each latent, nothing else",
+    "gate_only": "the gate alone (thresholds, scales, rational)",
+    "threshold_rectangle": "threshold per latent, no rational, rectangle",
+    "threshold_jump": "threshold per latent, no rational, jump-corrected",
+    "threshold_follow": "the same, thresholds follow the sample",
+    "rsae": "**RSAE** (default recipe)",
+    "paper": "paper's recipe, dense, nothing zeroed",
+    "paper_hardened": "paper's recipe, what is not counted zeroed",
+}
+Cell = dict[str, Any]
+
+
+def write_tables(evidence: dict[str, Any], out: Path) -> None:
+    """Write everything that shows `evidence`: in `out`, and in the README beside it."""
+    cells = evidence["cells"]
+    _write(out / "EVIDENCE.md", _page(evidence))
+    for host in _hosts(cells):
+        _write(out / f"evidence-{short(host)}.svg", _pareto([c for c in cells if c["host"] == host and _measured(c)]))
+    readme = out.parent / "README.md"
+    before, mark, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+    if mark:
+        _write(readme, before + mark + "\n" + _headline(evidence) + MARKS[1] + rest.partition(MARKS[1])[2])
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _hosts(cells: Iterable[Cell]) -> list[str]:
+    return sorted({cell["host"] for cell in cells})
+
+
+def short(host: str) -> str:
+    """A host's name as folders and tables have it: package:gemma3-270m is gemma3-270m."""
+    return host.split(":")[-1].rstrip("/").split("/")[-1]
+
+
+def _layer(cell: Cell) -> str:
+    return re.sub(r"\D+", "", cell["hook"])
+
+
+def _measured(cell: Cell) -> bool:
+    """Whether a cell has numbers; one whose L0 missed has them, and has failed all the same."""
+    return "rsae" in cell["arms"]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def _relative(interval: Sequence[float]) -> str:
+    mean, low, high = interval
+    return f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]"
+
+
+def _nats(interval: Sequence[float]) -> str:
+    mean, low, high = interval
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _verdicts(cells: Sequence[Cell]) -> list[list[str]]:
+    rows = []
+    for metric in METRICS:
+        found = Counter("failed" if cell["failed"] else cell["verdict"][metric] for cell in cells)
+        rows.append([metric, *(str(found[name]) for name in ("win", "tie", "loss", "failed"))])
+    return rows
+
+
+def _over_teacher(cells: Sequence[Cell], metric: str) -> str:
+    wins = sum(cell["rsae_minus_teacher"][metric][2] < 0 for cell in cells)
+    return f"{wins} of {len(cells)}"
+
+
+def _page(evidence: dict[str, Any]) -> str:
+    cells = evidence["cells"]
+    measured = [cell for cell in cells if _measured(cell)]
+    machines = sorted({str(cell["provenance"]["machine"]) for cell in cells})
+    settings = evidence["settings"]
+    finetune, teacher = settings["finetune"], settings["teacher"]
+    parts = [
+        "# RSAE minus control: the evidence\n",
+        f"`python -m benchmarks.evidence`, commit {evidence['commit']}; machine: {'; '.join(machines)}. Every number here is from "
+        "`evidence.json`; this page is made by the same command.\n",
+        f"Text: `{evidence['text']}`; training and evaluation documents are from different sources, and "
+        f"{evidence['shared_documents']} evaluation documents share a line or a sentence of 40 characters with a training "
+        f"document. Teachers: {teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g}. Every fine-tuned arm: "
+        f"{finetune['steps']} steps more on the same batches, lr {finetune['lr']:g}, mean L0 matched to the teacher's on "
+        "validation text, exact zeros counted. Differences: relative for FVU, nats per token for delta-CE, with the 95% interval "
+        "of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 percentage point.\n",
+        f"## Verdict on {len(cells)} cells: RSAE against the control\n",
+        _table(["", "win", "tie", "loss", "failed"], _verdicts(cells)),
+    ]
+    if measured:
+        parts += [
+            f"RSAE against the frozen teacher: a lower FVU in {_over_teacher(measured, 'fvu')}, a lower delta-CE in "
+            f"{_over_teacher(measured, 'delta_ce')} (intervals without 0).\n",
+            "\n## Cells\n",
+            _table(
+                ["host", "layer", "family", "d_sae", "L0", "seed", "FVU: teacher, control, RSAE", "RSAE - control, FVU",
+                 "delta-CE: teacher, control, RSAE", "RSAE - control, delta-CE", "alive: control, RSAE", "dense: control, RSAE",
+                 "L0: control, RSAE"],
+                map(_row, measured),
+            ),
+        ]  # fmt: skip
+        parts += [f"![FVU against L0, {host}](evidence-{short(host)}.svg)\n" for host in _hosts(measured)]
+        parts += ["## What is the rational's, the threshold's, the gradient's\n", *map(_attribution, measured)]
+        parts += [
+            "## Does latent j stay what it was?\n",
+            "Medians over latents, against the teacher's latent of the same index; `moved`: the share whose decoder direction is "
+            "nearest to another of the teacher's.\n",
+            _table(
+                ["host", "layer", "family", "L0", "seed", "arm", "decoder cosine", "encoder cosine", "correlation", "top contexts",
+                 "moved"],
+                [row for cell in measured for row in _identity(cell)],
+            ),
+            "## Cost\n",
+            _table(
+                ["host", "layer", "family", "d_sae", "L0", "seed", "control, s", "RSAE, s", "scalars added", "peak memory, GB"],
+                [
+                    [*_where(cell), *(f"{cell['cost']['seconds'][arm]:.0f}" for arm in ("control", "rsae")),
+                     str(cell["cost"]["scalars_added"]), f"{cell['cost']['peak_memory_gb']:.1f}"]
+                    for cell in measured
+                ],
+            ),
+        ]  # fmt: skip
+    if failed := [cell for cell in cells if cell["failed"]]:
+        parts += ["## Failed\n", *(f"- {cell['name']}: {cell['failed']}\n" for cell in failed)]
+    return "\n".join(parts)
+
+
+def _where(cell: Cell) -> list[str]:
+    return [short(cell["host"]), _layer(cell), *(str(cell[key]) for key in ("family", "d_sae", "target_l0", "seed"))]
+
+
+def _row(cell: Cell) -> list[str]:
+    arms, minus = cell["arms"], cell["rsae_minus_control"]
+
+    def of(names: Sequence[str], metric: str, form: str) -> str:
+        return ", ".join(format(arms[name][metric], form) for name in names)
+
+    three, two = ("teacher", "control", "rsae"), ("control", "rsae")
+    return [
+        *_where(cell),
+        of(three, "fvu", ".4f"),
+        f"{_relative(minus['fvu'])} {cell['verdict']['fvu']}",
+        of(three, "delta_ce", ".4f"),
+        f"{_nats(minus['delta_ce'])} {cell['verdict']['delta_ce']}",
+        f"{of(two, 'alive', '.2%')} {cell['verdict']['alive']}",
+        f"{of(two, 'dense', '.2%')} {cell['verdict']['dense']}",
+        of(two, "l0", ".2f"),
+    ]
+
+
+def _attribution(cell: Cell) -> str:
+    arms = [arm for arm in SAYS if arm in cell["arms"]]
+    if "threshold_jump" not in arms:
+        return ""
+    rows = []
+    for arm in arms:
+        found, minus = cell["arms"][arm], cell.get(f"{arm}_minus_control")
+        counted = f", |z| > {found['eps']:.3g}" if "eps" in found else ""
+        rows.append([
+            SAYS[arm] + counted, f"{found['fvu']:.4f}", _relative(minus["fvu"]) if minus else "", f"{found['delta_ce']:.4f}",
+            _nats(minus["delta_ce"]) if minus else "", f"{found['l0']:.1f}", f"{found['alive']:.2%}", f"{found['dense']:.2%}",
+        ])  # fmt: skip
+    head = ["arm", "FVU", "minus control", "delta-CE", "minus control", "L0", "alive", "dense"]
+    title = (
+        f"{short(cell['host'])}, layer {_layer(cell)}, {cell['family']}, L0 {cell['target_l0']}, seed {cell['seed']}"
+    )
+    return f"### {title}\n\n" + _table(head, rows)
+
+
+def _identity(cell: Cell) -> Iterable[list[str]]:
+    for arm, found in cell["identity"].items():
+        medians = (found[name]["50%"] for name in ("decoder_cosine", "encoder_cosine", "correlation", "top_contexts"))
+        values = ("" if value is None else f"{value:.2f}" for value in medians)
+        yield [
+            short(cell["host"]), _layer(cell), cell["family"], str(cell["target_l0"]), str(cell["seed"]), arm, *values,
+            f"{found['moved']:.2%}",
+        ]  # fmt: skip
+
+
+def _headline(evidence: dict[str, Any]) -> str:
+    """The table of the README: middle layer and sparsity, a line for each host and family, over the seeds there are."""
+    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    first: dict[str, str] = {}
+    for cell in evidence["cells"]:
+        if not _measured(cell) or cell["failed"]:
+            continue
+        middle = first.setdefault(cell["host"], _layer(cell))
+        if (_layer(cell), cell["target_l0"]) == (middle, 32) and cell["d_sae"] in (4608, 5120):
+            groups.setdefault((short(cell["host"]), middle, cell["family"]), []).append(cell)
+    rows = []
+    for (host, layer, family), cells in groups.items():
+        row = [f"{host}, layer {layer}", family, str(len(cells))]
+        for metric, form in (("fvu", _relative), ("delta_ce", _nats)):
+            values = [cell["rsae_minus_control"][metric] for cell in cells]
+            mean = sum(value[0] for value in values) / len(values)
+            row.append(form([mean, min(value[1] for value in values), max(value[2] for value in values)]))
+        for metric in ("alive", "dense"):
+            row.append(", ".join(_mean_share(cells, arm, metric) for arm in ("control", "rsae")))
+        rows.append(row)
+    cells = evidence["cells"]
+    wins = {
+        metric: sum(not cell["failed"] and cell["verdict"][metric] == "win" for cell in cells) for metric in METRICS
+    }
+    machines = sorted({f"{m['cores']} cores, {m['device']}" for m in (cell["provenance"]["machine"] for cell in cells)})
+    finetune = evidence["settings"]["finetune"]
+    millions = finetune["steps"] * finetune["batch_size"] / 1e6
+    head = ["host", "teacher", "seeds", "FVU, RSAE - control", "delta-CE (nats)", "alive: control, RSAE", "dense"]
+    return (
+        f"{_table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32, "
+        f"{millions:.1f} M tokens of fine-tuning in each arm, {'; '.join(machines)}, commit {str(evidence['commit'])[:8]}. Of all "
+        f"{len(cells)} cells, RSAE wins {wins['fvu']} in FVU and {wins['delta_ce']} in delta-CE: "
+        "[results/EVIDENCE.md](results/EVIDENCE.md) has each, and which part of the gain is the rational's.\n"
+    )
+
+
+def _mean_share(cells: Sequence[Cell], arm: str, metric: str) -> str:
+    return f"{sum(cell['arms'][arm][metric] for cell in cells) / len(cells):.2%}"
+
+
+def _pareto(cells: Sequence[Cell]) -> str:
+    """FVU against L0 for each family: teacher, control, RSAE; first layer of the grid, all seeds."""
+    families = sorted({cell["family"] for cell in cells})
+    svg = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {20 + 340 * len(families)} 300" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{20 + 340 * len(families)}" height="300" fill="white"/>',
+    ]
+    for panel, family in enumerate(families):
+        chosen = [cell for cell in cells if cell["family"] == family and _layer(cell) == _layer(cells[0])]
+        points = {
+            arm: sorted((cell["arms"][arm]["l0"], cell["arms"][arm]["fvu"]) for cell in chosen) for arm in COLOURS
+        }
+        xs = [math.log2(x) for arm in points.values() for x, _ in arm]
+        ys = [y for arm in points.values() for _, y in arm]
+        x_low, x_high, y_low, y_high = min(xs) - 0.3, max(xs) + 0.3, 0.95 * min(ys), 1.05 * max(ys)
+        left = 60 + 340 * panel
+
+        def x_of(x: float, left: float = left, low: float = x_low, high: float = x_high) -> float:
+            return left + 270 * (math.log2(x) - low) / (high - low)
+
+        def y_of(y: float, low: float = y_low, high: float = y_high) -> float:
+            return 250 - 210 * (y - low) / (high - low)
+
+        svg.append(
+            f'<text x="{left}" y="22" font-weight="bold">{family}, layer {_layer(chosen[0])}: FVU against L0</text>'
+        )
+        svg.append(f'<path d="M{left} 40V250H{left + 270}" fill="none" stroke="#999"/>')
+        for i in range(5):
+            y = y_low + (y_high - y_low) * i / 4
+            svg.append(f'<text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:.3f}</text>')
+        for x in (8, 16, 32, 64, 128):
+            if x_low <= math.log2(x) <= x_high:
+                svg.append(f'<text x="{x_of(x):.1f}" y="268" text-anchor="middle">{x}</text>')
+        for i, (arm, colour) in enumerate(COLOURS.items()):
+            svg += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4" fill="{colour}"/>' for x, y in points[arm]]
+            svg.append(f'<text x="{left + 90 * i}" y="290" fill="{colour}">{arm}</text>')
+    return "\n".join([*svg, "</svg>\n"])

@@ -1,0 +1,132 @@
+"""The evidence grid: its cells, one cell end to end on a tiny random model, and the pages made of it."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_host import save_text, save_tiny
+
+from rsae.artefacts import read_json
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks are not part of the source distribution")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """The benchmark with a tiny host and text, two steps where it takes thousands, and folders of its own."""
+    load("evidence_tables")
+    bench = load("evidence")
+    host, text = str(save_tiny(tmp_path / "host")), save_text(tmp_path / "text.jsonl")
+    small = {"batch_size": 64, "checkpoint_every": 10}
+    monkeypatch.setattr(bench, "LAYERS", {host: (0, 1, 1)})
+    monkeypatch.setattr(bench, "TEXT", text)
+    monkeypatch.setattr(bench, "BATCH", 64)
+    monkeypatch.setattr(bench, "TEACHER", replace(bench.TEACHER, steps=20, **small))
+    monkeypatch.setattr(bench, "FINETUNE", replace(bench.FINETUNE, steps=5, **small))
+    sizes = {
+        "train_tokens": 1500,
+        "validation_tokens": 400,
+        "evaluation_tokens": 400,
+        "ce_tokens": 200,
+        "context_length": 16,
+    }
+    monkeypatch.setattr(bench, "DATA", replace(bench.DATA, **sizes))
+    monkeypatch.setattr(bench, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(bench, "L0_TOLERANCE", 1.0)
+    (tmp_path / "README.md").write_text(
+        f"# Title\n\n{sys.modules['benchmarks.evidence_tables'].MARKS[0]}\nold\n"
+        f"{sys.modules['benchmarks.evidence_tables'].MARKS[1]}\nafter\n"
+    )
+    monkeypatch.setattr(bench, "grid", lambda: [bench.Cell(host, 1, family, 32, 0) for family in ("topk", "relu")])
+    return bench
+
+
+def call(bench, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
+    bench.main()
+
+
+def test_the_grid_is_the_one_that_was_promised():
+    load("evidence_tables")
+    cells = load("evidence").grid()
+    assert len({cell.name for cell in cells}) == len(cells)
+    for host, layer in (("package:smollm2-135m", 15), ("package:gemma3-270m", 9)):
+        for family in ("relu", "jumprelu", "topk"):
+            ours = [
+                (c.l0, c.seed) for c in cells if (c.host, c.layer, c.family, c.expansion) == (host, layer, family, 8)
+            ]
+            assert sorted(ours) == [(16, 0), (32, 0), (32, 1), (32, 2), (64, 0)]
+
+
+def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
+    call(bench, monkeypatch, "--only", "topk")
+    evidence = read_json(tmp_path / "results" / "evidence.json")
+    assert evidence["shared_documents"] == 0
+    (cell,) = evidence["cells"]
+    assert {"host", "hook", "family", "d_sae", "target_l0", "seed", "train_tokens", "rsae_minus_teacher"} <= set(cell)
+    assert set(cell["arms"]) == {"teacher", "init", *bench.ARMS, "paper_hardened"}
+    assert cell["arms"]["init"]["fvu"] == pytest.approx(cell["arms"]["teacher"]["fvu"], rel=1e-4)
+    assert cell["arms"]["paper"]["l0"] > 3 * cell["arms"]["paper_hardened"]["l0"]
+    assert cell["arms"]["scale_only"]["l0"] == pytest.approx(cell["arms"]["teacher"]["l0"], rel=1e-6)
+    for arm in set(cell["arms"]) - {"control"}:
+        assert len(cell[f"{arm}_minus_control"]["fvu"]) == 3
+    mean, low, high = cell["rsae_minus_control"]["fvu"]
+    assert low <= mean <= high
+    expected = cell["arms"]["rsae"]["fvu"] / cell["arms"]["control"]["fvu"] - 1
+    assert mean == pytest.approx(expected, rel=1e-6)
+    assert set(cell["verdict"]) == {"fvu", "delta_ce", "alive", "dense"}
+
+    weights = next((tmp_path / "runs").rglob("rsae/sae_weights.safetensors"))
+    before = weights.stat().st_mtime_ns
+    call(bench, monkeypatch)  # adds the other cell, and leaves this one alone
+    again = read_json(tmp_path / "results" / "evidence.json")
+    assert [cell["family"] for cell in again["cells"]] == ["topk", "relu"]
+    assert again["cells"][0] == cell
+    assert weights.stat().st_mtime_ns == before
+
+    page = (tmp_path / "results" / "EVIDENCE.md").read_text()
+    assert f"{mean:+.2%}" in page
+    assert page.count("| topk |") >= 3
+    assert next((tmp_path / "results").glob("evidence-*.svg")).read_text().startswith("<svg")
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("# Title\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
+
+
+def test_a_cell_that_cannot_be_run_stands_in_the_table(bench, monkeypatch, tmp_path):
+    def diverge(*_, **__):
+        raise ValueError("rsae: the loss is nan at step 10")
+
+    monkeypatch.setattr(bench, "finetune", diverge)
+    call(bench, monkeypatch, "--only", "relu")
+    (cell,) = json.loads((tmp_path / "results" / "evidence.json").read_text())["cells"]
+    assert cell["failed"] == "rsae: the loss is nan at step 10"
+    assert cell["arms"] == {}
+    page = (tmp_path / "results" / "EVIDENCE.md").read_text()
+    assert "the loss is nan" in page
+    assert "| fvu | 0 | 0 | 0 | 1 |" in page
+
+
+def test_arms_too_far_apart_in_l0_have_failed(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "L0_TOLERANCE", -1.0)
+    call(bench, monkeypatch, "--only", "relu")
+    (cell,) = json.loads((tmp_path / "results" / "evidence.json").read_text())["cells"]
+    assert "apart" in cell["failed"]
+    assert "rsae" in cell["arms"]
+    assert "| fvu | 0 | 0 | 0 | 1 |" in (tmp_path / "results" / "EVIDENCE.md").read_text()
