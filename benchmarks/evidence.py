@@ -1,6 +1,6 @@
 """Is the gain the gate's? Teachers of every family, upgraded beside tuned controls, measured on other sources' text.
 
-    python -m benchmarks.evidence [--only TEXT] [--minutes N] [--tables]
+    python -m benchmarks.evidence [--only TEXT] [--minutes N] [--main | --probe | --tables]
 
 runs the grid cell by cell and, after each, writes results/evidence.json, EVIDENCE.md and evidence-*.svg, and the table of
 README.md. A cell is a host, a hook, a family, a width, a sparsity and a seed (of teacher and batches). What is finished is not run
@@ -8,6 +8,8 @@ again, a killed cell continues: models and activations are in runs/evidence, and
 
     --only TEXT    only cells whose name contains TEXT (gemma, topk, l0-32, seed-0, ...)
     --minutes N    start no cell after N minutes
+    --main         control and RSAE alone, in every cell; a later call adds the other arms and measures again
+    --probe        k-sparse probing (twelve sets) of finished cells whose models are here
     --tables       run nothing: the tables anew from results/evidence.json
 
 Every trained arm sees the same batches for the same steps; all are matched to the teacher's L0 on validation text (exact zeros are
@@ -20,6 +22,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -37,6 +40,7 @@ from rsae.hosts import load_host
 from rsae.identity import identity
 from rsae.pipeline import Data, UpgradeConfig
 from rsae.pretrain import Family, pretrain
+from rsae.probing import QUICK, probe
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE
 from rsae.text import Contexts, shared_documents
@@ -109,9 +113,12 @@ class Cell:
         return f"{short(self.host)}/layer-{self.layer}/{self.family}-x{self.expansion}-l0-{self.l0}-seed-{self.seed}"
 
     @property
+    def has_all_arms(self) -> bool:
+        return self.layer == LAYERS[self.host][1] and (self.l0, self.seed, self.expansion) == (32, 0, 8)
+
+    @property
     def arms(self) -> tuple[str, ...]:
-        is_central = self.layer == LAYERS[self.host][1] and (self.l0, self.seed, self.expansion) == (32, 0, 8)
-        return tuple(ARMS) if is_central else MAIN
+        return tuple(ARMS) if self.has_all_arms else MAIN
 
 
 def grid() -> list[Cell]:
@@ -138,19 +145,19 @@ def starts(teacher: SAE[Any], data: Data, seed: int) -> dict[str, SAE[Any]]:
     return {"teacher": teacher, "init": init, "scales": scales, "dense": dense}
 
 
-def run(cell: Cell, data: Data, out: Path, progress: Progress | None) -> dict[str, Any]:
+def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progress | None) -> dict[str, Any]:
     """Train and measure a cell; its entry in evidence.json."""
     teacher = pretrain(
         cell.family, data.train, replace(TEACHER, target_l0=float(cell.l0), seed=cell.seed), d_sae=cell.expansion * data.train.d_in,
         held_out=data.validation, metadata={"model_name": cell.host, "hook_name": cell.hook}, out=out / "teacher",
         progress=progress,
     )  # fmt: skip
+    write_json(out / "run.json", {"identity": {"host": cell.host, "hook": cell.hook}})  # for `rsae probe`
     teacher_hash = sha256_file(out / "teacher" / "sae_weights.safetensors")
     l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
     start = starts(teacher, data, cell.seed)
-    is_central = len(cell.arms) > len(MAIN)
-    saes: dict[str, Any] = {"teacher": teacher} | ({"init": start["init"]} if is_central else {})
-    for name in cell.arms:
+    saes: dict[str, Any] = {"teacher": teacher} | ({"init": start["init"]} if len(arms) > len(MAIN) else {})
+    for name in arms:
         how = replace(FINETUNE, target_l0=l0, seed=cell.seed, **ARMS[name].change)
         saes[name] = finetune(
             start[ARMS[name].start], data.train, how, held_out=data.validation, out=out / name, progress=progress,
@@ -184,10 +191,10 @@ def run(cell: Cell, data: Data, out: Path, progress: Progress | None) -> dict[st
             teacher, {arm: saes[arm] for arm in MAIN}, data.host, data.hook, contexts, store_stats=data.train.sink_rule,
             progress=progress,
         )
-        if is_central
+        if len(arms) > len(MAIN)
         else {},
         "cost": {
-            "seconds": {name: _seconds(out / name) for name in ("teacher", *cell.arms)},
+            "seconds": {name: _seconds(out / name) for name in ("teacher", *arms)},
             "scalars_added": sum(p.numel() for p in saes["rsae"].gate.parameters()) - _thresholds(teacher),
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         },
@@ -227,48 +234,68 @@ def gather(cell: Cell, progress: Progress | None) -> Data:
     return Data.gather(load_host(cell.host), cell.hook, TEXT, folder, DATA, progress)
 
 
+def attempt(cell: Cell, arms: Sequence[str], data: Data, progress: Progress | None) -> dict[str, Any]:
+    """`run`; a cell that cannot be run, by nan or a sparsity out of reach, stands in the tables too."""
+    try:
+        return run(cell, arms, data, RUNS / cell.name, progress)
+    except ValueError as error:
+        if "another run" in str(error):  # a folder of other settings, which is for its owner to delete
+            raise
+        return about(cell, data) | {"arms": {}, "verdict": {}, "failed": str(error)}
+
+
+def save(evidence: dict[str, Any], cells: Iterable[dict[str, Any]]) -> None:
+    """Put the cells into the evidence, in the order of the grid, and write it."""
+    order = {cell.name: i for i, cell in enumerate(grid())}
+    stamp = provenance()
+    evidence |= {
+        "commit": stamp["commit"], "machine": stamp["machine"], "settings": settings(),
+        "cells": sorted(cells, key=lambda cell: order.get(cell["name"], len(order))),
+    }  # fmt: skip
+    write_json(RESULTS / "evidence.json", evidence)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="")
     parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--tables", action="store_true")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--main", action="store_true")
+    other.add_argument("--probe", action="store_true")
+    other.add_argument("--tables", action="store_true")
     arguments = parser.parse_args()
     file = RESULTS / "evidence.json"
-    evidence = read_json(file) if file.exists() else {"cells": []}
+    evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
     known = {cell["name"]: cell for cell in evidence["cells"]}
-    began = time.monotonic()
+    chosen = [] if arguments.tables else [cell for cell in grid() if arguments.only in cell.name]
+    deadline = time.monotonic() + 60 * arguments.minutes
     held: tuple[tuple[str, str], Data] | None = None
     with progress_shown() as progress:
-        if not arguments.tables and "shared_documents" not in evidence:
+        if chosen and "shared_documents" not in evidence:
             evidence["shared_documents"] = shared_documents(TEXT)
-        for cell in [] if arguments.tables else grid():
+        for cell in chosen:
             done = known.get(cell.name)
-            if arguments.only not in cell.name or (done and done["settings"] == config_hash(settings())):
-                continue
-            if time.monotonic() - began > 60 * arguments.minutes:
+            arms = MAIN if arguments.main or arguments.probe else cell.arms
+            is_done = bool(
+                done
+                and done["settings"] == config_hash(settings())
+                and (done["failed"] or set(arms) <= set(done["arms"]))
+            )
+            if time.monotonic() > deadline:
                 break
-            if held is None or held[0] != (cell.host, cell.hook):
-                held = None
-                held = (cell.host, cell.hook), gather(cell, progress)
-            try:
-                found = run(cell, held[1], RUNS / cell.name, progress)
-            except ValueError as error:
-                if "another run" in str(error):  # a folder of other settings, which is for its owner to delete
-                    raise
-                # nan, a sparsity out of reach: it stands in the table
-                found = about(cell, held[1]) | {"arms": {}, "verdict": {}, "failed": str(error)}
+            if arguments.probe:
+                if not done or not is_done or done["failed"] or not (RUNS / cell.name / "rsae").exists():
+                    continue
+                found = {**done, "probing": probe(RUNS / cell.name, names=QUICK, progress=progress)}
+            elif is_done:
+                continue
+            else:
+                if held is None or held[0] != (cell.host, cell.hook):
+                    held = None  # one host at a time
+                    held = (cell.host, cell.hook), gather(cell, progress)
+                found = attempt(cell, arms, held[1], progress)
             known[cell.name] = {"name": cell.name, **found}
-            stamp = provenance()
-            order = {each.name: i for i, each in enumerate(grid())}
-            cells = sorted(known.values(), key=lambda entry: order.get(entry["name"], len(order)))
-            evidence |= {
-                "commit": stamp["commit"],
-                "machine": stamp["machine"],
-                "text": TEXT,
-                "settings": settings(),
-                "cells": cells,
-            }
-            write_json(file, evidence)
+            save(evidence, known.values())
             write_tables(evidence, RESULTS)
     write_tables(evidence, RESULTS)
 

@@ -135,6 +135,7 @@ def _page(evidence: dict[str, Any]) -> str:
                  "moved"],
                 [row for cell in measured for row in _identity(cell)],
             ),
+            *_probing(measured),
             "## Cost\n",
             _table(
                 ["host", "layer", "family", "d_sae", "L0", "seed", "control, s", "RSAE, s", "scalars added", "peak memory, GB"],
@@ -200,6 +201,25 @@ def _identity(cell: Cell) -> Iterable[list[str]]:
             short(cell["host"]), _layer(cell), cell["family"], str(cell["target_l0"]), str(cell["seed"]), arm, *values,
             f"{found['moved']:.2%}",
         ]  # fmt: skip
+
+
+def _probing(cells: Sequence[Cell]) -> list[str]:
+    rows = []
+    for cell in cells:
+        found = cell.get("probing")
+        for k, minus in found["rsae_minus_control"].items() if found else ():
+            scores = ("{:.4f} ± {:.4f}".format(*found["arms"][arm][k]["auc"]) for arm in ("teacher", "control", "rsae"))
+            mean, low, high = minus["auc"]
+            where = [short(cell["host"]), _layer(cell), cell["family"], str(cell["target_l0"])]
+            rows.append([*where, k, *scores, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] {minus['verdict']}"])
+    if not rows:
+        return []
+    return [
+        "## Sparse probing\n",
+        "Area under the curve of a logistic regression on k latents, mean over twelve labelled sets (never trained on), ± its "
+        "standard deviation over three splits; the difference with its 95% interval over sets.\n",
+        _table(["host", "layer", "family", "L0", "k", "teacher", "control", "RSAE", "RSAE - control"], rows),
+    ]
 
 
 def _headline(evidence: dict[str, Any]) -> str:

@@ -99,7 +99,15 @@ def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
     assert again["cells"][0] == cell
     assert weights.stat().st_mtime_ns == before
 
+    auc = {arm: {"1": {"auc": [0.5 + i / 8, 0.01]}} for i, arm in enumerate(("teacher", "control", "rsae"))}
+    again["cells"][0]["probing"] = {
+        "arms": auc,
+        "rsae_minus_control": {"1": {"auc": [0.125, 0.1, 0.15], "verdict": "win"}},
+    }
+    (tmp_path / "results" / "evidence.json").write_text(json.dumps(again))
+    call(bench, monkeypatch, "--tables")
     page = (tmp_path / "results" / "EVIDENCE.md").read_text()
+    assert "| 1 | 0.5000 ± 0.0100 | 0.6250 ± 0.0100 | 0.7500 ± 0.0100 | +0.1250 [+0.1000, +0.1500] win |" in page
     assert f"{mean:+.2%}" in page
     assert page.count("| topk |") >= 3
     assert next((tmp_path / "results").glob("evidence-*.svg")).read_text().startswith("<svg")

@@ -119,7 +119,7 @@ def upgrade(
         ),
     ] = "hard",
     penalty: Annotated[float | None, typer.Option(help="The paper recipe's price of l1; default 0.3.")] = None,
-    steps: Steps = 600,
+    steps: Steps = 1000,
     seed: Seed = 0,
 ) -> None:
     """Upgrade a teacher beside an equal-compute control, compare both, and write the page. The product.
@@ -249,7 +249,7 @@ def finetune(
         typer.Option(help="Hold L0, or put a price on L0 or on l1 (a dense gate: l1)."),
     ] = "matched-l0",
     penalty: Annotated[float | None, typer.Option(help="The price, for l0 and l1.")] = None,
-    steps: Steps = 600,
+    steps: Steps = 1000,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
     seed: Seed = 0,
 ) -> None:

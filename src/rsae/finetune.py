@@ -53,7 +53,7 @@ RELU_START = 0.8
 class FinetuneConfig:
     """How an arm is fine-tuned. The same for every arm of a comparison."""
 
-    steps: int = 600
+    steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 2048
     """Tokens in a step."""
