@@ -141,7 +141,7 @@ def main() -> None:
         "saelens_bf16": median_ms(saelens(x, autocast=True), runs=5, warmup=1),
         "floor": median_ms(floor(x)),
     }
-    h = pre_activations(x - trainee.b_dec.detach(), trainee.W_enc, trainee.b_enc)
+    h = pre_activations(x - trainee.centre, trainee.W_enc, trainee.b_enc)
     entries = len(trainee.choose(h).rows) / BATCH
     result = {
         "tokens_per_s": round(1e3 * BATCH / ms["rsae"]),

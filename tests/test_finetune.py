@@ -77,9 +77,9 @@ def fvu(sae, store):
 
 def dense_reference(trainee, x, gate):
     """The loss of a trainee by the plain formula on (batch, d_sae) tensors, from the same bfloat16 pre-activations."""
-    centred = x - trainee.b_dec
+    centred = x - trainee.centre
     h = centred @ trainee.W_enc.T + trainee.b_enc
-    rounded = F.linear((x - trainee.b_dec.detach()).bfloat16(), trainee.W_enc.bfloat16(), trainee.b_enc.bfloat16())
+    rounded = F.linear(centred.bfloat16(), trainee.W_enc.bfloat16(), trainee.b_enc.bfloat16())
     h = h + (rounded.float() - h).detach()  # bfloat16 values, float32 gradients
     z = gate(h)
     return (z @ trainee.W_dec + trainee.b_dec - x).square().sum() / len(x), z
@@ -383,7 +383,7 @@ def test_the_gated_loss_is_the_paper_s(data, monkeypatch):
     result.loss.backward()
     names = ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec")
     w = {name: sae.get_parameter(name).detach().clone().requires_grad_() for name in names}
-    projection = (x - w["b_dec"]) @ w["W_enc"]
+    projection = (x - w["b_dec"].detach()) @ w["W_enc"]
     opening = projection + w["b_gate"]
     passing = (projection * w["r_mag"].exp() + w["b_mag"]).relu()
     z = torch.where(opening > 0, passing, 0.0)
@@ -399,6 +399,26 @@ def test_the_gated_loss_is_the_paper_s(data, monkeypatch):
     for name, gradient in ours.items():
         error = (gradient - w[name].grad).norm() / w[name].grad.norm()
         assert error < 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "rational", "gated"])
+def test_what_b_dec_learns_does_not_move_the_encoder(family, teachers, data, monkeypatch):
+    """b_dec trains as the decoder's alone; the checkpoint, whose encoder subtracts it, is the same function all the same."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    sae = gated_teacher(data) if family == "gated" else teachers["jumprelu" if family == "rational" else family]
+    sae = RationalSAE.from_teacher(sae) if family == "rational" else sae
+    trainee = trainee_for(sae, 10.0, replace(SMALL, penalty=0.0 if family in ("relu", "gated") else None))
+    with torch.no_grad():
+        trainee.b_dec += torch.randn(D_IN, generator=torch.Generator().manual_seed(0))
+        if family == "gated":
+            trainee.r_mag += 0.1
+        step = trainee(trainee.inputs(data.x))
+        exported = trainee.export(sae)
+        latents = exported.encode(data.x)
+        error = (exported.decode(latents) - data.x).square().sum() / len(data.x) / 100
+    assert not torch.equal(exported.b_dec, sae.b_dec)
+    torch.testing.assert_close(step.squared_error, error, rtol=1e-4, atol=1e-4)
+    assert step.l0.item() == pytest.approx(float((latents != 0).sum() / len(data.x)), rel=1e-3)
 
 
 def test_a_topk_that_rescales_by_its_decoder_norm(teachers, data, held_out):

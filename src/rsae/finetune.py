@@ -122,6 +122,8 @@ class Step(NamedTuple):
 class Trainee(nn.Module, ABC):
     """The parameters of an SAE in training units, and one step's loss. A subclass for each kind of gate."""
 
+    centre: Float[Tensor, " d_in"]
+
     encoder_bias = "b_enc"
     """The bias of the pre-activations that decide which latents are active, by its name in the checkpoint."""
     row_scale: Float[Tensor, "batch 1"] | None = None
@@ -139,6 +141,9 @@ class Trainee(nn.Module, ABC):
         self.b_enc = nn.Parameter(weights[self.encoder_bias] / unit)
         self.W_dec = nn.Parameter(weights["W_dec"].clone())
         self.b_dec = nn.Parameter(weights["b_dec"] / unit)
+        # What the encoder's input is centred on stays as it came, and b_dec learns as the decoder's alone: `export` puts what lies
+        # between into the encoder's bias. Tied, the estimated gradient of an edge would shift every token's reconstruction
+        self.register_buffer("centre", self.b_dec.detach().clone() if self.subtracts else torch.zeros_like(self.b_dec))
         self.norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
 
     def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
@@ -193,12 +198,16 @@ class Trainee(nn.Module, ABC):
     def write_gate(self, sae: SAE[Any]) -> None:
         """Write thresholds and scales, in the host's units, into `sae`."""
 
+    def shift(self) -> Float[Tensor, " d_sae"]:
+        """What b_enc takes up when the input is centred on b_dec as it is now."""
+        return self.W_enc @ (self.b_dec - self.centre) if self.subtracts else torch.zeros_like(self.b_enc)
+
     @torch.no_grad()
     def export(self, sae: SAE[Any]) -> SAE[Any]:
         """A copy of `sae` with what was trained, in the host's units."""
         sae = copy.deepcopy(sae)
         sae.W_enc.copy_(self.W_enc.T)
-        sae.get_parameter(self.encoder_bias).copy_(self.b_enc * self.unit)
+        sae.get_parameter(self.encoder_bias).copy_((self.b_enc + self.shift()) * self.unit)
         sae.W_dec.copy_(self.W_dec)
         sae.b_dec.copy_(self.b_dec * self.unit)
         self.write_gate(sae)
@@ -217,10 +226,10 @@ class SparseTrainee(Trainee):
         """Latents at the entries."""
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
-        inputs = x - self.b_dec.detach() if self.subtracts else x
+        inputs = x - self.centre
         dense = sparse.pre_activations(inputs, self.W_enc, self.b_enc)
         entries = self.choose(dense)
-        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, self.b_dec if self.subtracts else None, entries)
+        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, entries)
         z = self.latents(h, entries)
         squared_error = self.squared_error(sparse.decode(z, self.W_dec, self.b_dec, entries), x)
         return Step(squared_error + self.penalty(z, entries), squared_error, (z != 0).sum() / len(x))
@@ -251,7 +260,7 @@ class ReLUTrainee(SparseTrainee):
     def begin(self, x: Tensor) -> None:
         if self.config.penalty is not None:
             return
-        inputs = x - self.b_dec if self.subtracts else x
+        inputs = x - self.centre
         entries = self.choose(h := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
         z = h.view(-1)[entries.flat].float().requires_grad_()
         error = self.squared_error(sparse.decode(z, self.W_dec.detach(), self.b_dec.detach(), entries), x)
@@ -298,9 +307,9 @@ class GatedTrainee(ReLUTrainee):
         return (self.r_mag.exp()[j] * (h - self.b_enc[j]) + self.b_mag[j]).relu()
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
-        inputs = x - self.b_dec.detach() if self.subtracts else x
+        inputs = x - self.centre
         entries = self.choose(dense := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
-        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, self.b_dec if self.subtracts else None, entries)
+        h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, entries)
         z = self.latents(h, entries)
         squared_error = self.squared_error(sparse.decode(z, self.W_dec, self.b_dec, entries), x)
         by_gate = self.squared_error(sparse.decode(h, self.W_dec.detach(), self.b_dec.detach(), entries), x)
@@ -308,7 +317,7 @@ class GatedTrainee(ReLUTrainee):
 
     def write_gate(self, sae: SAE[Any]) -> None:
         sae.get_parameter("r_mag").copy_(self.r_mag)
-        sae.get_parameter("b_mag").copy_(self.b_mag * self.unit)
+        sae.get_parameter("b_mag").copy_((self.b_mag + self.r_mag.exp() * self.shift()) * self.unit)
 
 
 class TopKTrainee(SparseTrainee):
@@ -418,7 +427,7 @@ class DenseTrainee(Trainee):
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
         with torch.autocast(x.device.type, torch.bfloat16):
-            h = F.linear(x - self.b_dec if self.subtracts else x, self.W_enc, self.b_enc)
+            h = F.linear(x - self.centre, self.W_enc, self.b_enc)
             z = self.amplitude(h)
             x_hat = z @ self.W_dec
         squared_error = self.squared_error(x_hat.float() + self.b_dec, x)

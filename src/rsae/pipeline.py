@@ -173,7 +173,7 @@ def upgrade(
             measured = {**arms, "rsae_dense": arms["rsae"]}
         (metrics,) = evaluate_runs(
             {out.name: measured}, model, data.hook, data.evaluation, store_stats=data.train.sink_rule,
-            ce_tokens=config.ce_tokens, eps=eps, config=identity | {"eps": eps}, progress=progress,
+            ce_tokens=config.ce_tokens, eps=eps, config=ledger.identity | {"eps": eps}, progress=progress,
         ).values()  # fmt: skip
     _record(out, loaded.family, arms, metrics, data, config, ledger)
     write_report([out], out / "report.html")
@@ -238,7 +238,7 @@ def demo(
     with ledger.clock("evaluate"):
         results = evaluate_runs(
             runs, model, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=config.ce_tokens,
-            config=identity, progress=progress,
+            config=ledger.identity, progress=progress,
         )  # fmt: skip
     for family in families:
         ledgers[family].seconds = {**ledger.seconds, **ledgers[family].seconds}

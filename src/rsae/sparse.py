@@ -177,11 +177,9 @@ def pre_activations(
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, dense: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, entries: Entries
-    ) -> Tensor:
+    def forward(ctx: Any, dense: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Tensor:
         ctx.save_for_backward(x, W_enc)
-        ctx.entries, ctx.subtracts = entries, b_dec is not None
+        ctx.entries = entries
         return dense.view(-1)[entries.flat].float() if entries.values is None else entries.values.clone()
 
     @staticmethod
@@ -189,8 +187,7 @@ class _Encode(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         (grad,) = grad_outputs
         d_b_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, ctx.entries.latents, grad)
-        d_b_dec = -(d_b_enc @ W_enc) if ctx.subtracts else None
-        return None, None, ctx.entries.sum_by_latent(grad, x), d_b_enc, d_b_dec, None
+        return None, None, ctx.entries.sum_by_latent(grad, x), d_b_enc, None
 
 
 def encode(
@@ -198,17 +195,15 @@ def encode(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d_in"] | None,
     entries: Entries,
 ) -> Float[Tensor, " n"]:
-    """The pre-activations of the entries, with their gradient in W_enc, b_enc and b_dec.
+    """The pre-activations of the entries, with their gradient in W_enc and b_enc.
 
     Args:
         dense: `pre_activations(x, W_enc, b_enc)`.
-        x: the input of the encoder, b_dec already subtracted if it is to be.
-        b_dec: where its gradient goes if it was subtracted, else None.
+        x: the input of the encoder, what it is centred on already subtracted.
     """
-    return _Encode.apply(dense, x, W_enc, b_enc, b_dec, entries)  # type: ignore[return-value]
+    return _Encode.apply(dense, x, W_enc, b_enc, entries)  # type: ignore[return-value]
 
 
 class _Decode(torch.autograd.Function):

@@ -17,6 +17,7 @@ _ROLES = {
     "control": "own gate, fine-tuned",
     "init": "before fine-tuning",
     "rsae": "fine-tuned",
+    "rsae_dense": "the same, small latents kept",
 }
 _GLOSSARY = (
     (
