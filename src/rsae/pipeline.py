@@ -183,14 +183,14 @@ def upgrade(
 
 # The demo's sizes: what two cores do in a quarter of an hour, and no more than that
 DEMO = UpgradeConfig(
-    train_tokens=327_680,
+    train_tokens=458_752,
     validation_tokens=60_000,
     evaluation_tokens=60_000,
     ce_tokens=6_144,
-    finetune=FinetuneConfig(steps=350, lr=1e-3),
+    finetune=FinetuneConfig(steps=500, lr=1e-3),
 )
 DEMO_L0, DEMO_EXPANSION = 32, 8
-DEMO_TEACHER = FinetuneConfig(steps=300, lr=1e-3, warmup=0.1, decay=0.3, target_l0=DEMO_L0, penalty=2.5)
+DEMO_TEACHER = FinetuneConfig(steps=600, lr=1e-3, warmup=0.1, decay=0.3, target_l0=DEMO_L0, penalty=2.5)
 
 
 def demo(
