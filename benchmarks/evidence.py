@@ -1,4 +1,4 @@
-"""Is the gain the gate's? Teachers of every family, upgraded beside tuned controls, measured on other sources' text.
+"""Is the gain the gate's? Teachers of every family, upgraded beside their controls, measured on other sources' text.
 
     python -m benchmarks.evidence [--only TEXT] [--minutes N] [--main | --probe | --tables]
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from benchmarks.evidence_tables import short, write_tables
+from benchmarks.evidence_tables import METRICS, short, write_tables
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, mean_l0
@@ -38,10 +37,10 @@ from rsae.evaluate import evaluate_runs
 from rsae.finetune import FinetuneConfig, finetune
 from rsae.hosts import load_host
 from rsae.identity import identity
-from rsae.pipeline import Data, UpgradeConfig
+from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
 from rsae.pretrain import Family, pretrain
 from rsae.probing import QUICK, probe
-from rsae.rational import Surrogate
+from rsae.rational import Support, Surrogate
 from rsae.sae import RationalSAE
 from rsae.text import Contexts, shared_documents
 
@@ -62,9 +61,10 @@ TEACHER = FinetuneConfig(
 FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
 """220,000 tokens of text leave more than 200,000 that are measured."""
-PAPER_PENALTY = 0.3
 IDENTITY = 160
 """Contexts that latents are compared on, index by index, in cells with all arms: about 40,000 tokens."""
+DIVERGED = "the loss is"
+"""In what `rsae.finetune` says of a run that is not finite."""
 L0_TOLERANCE = 0.01
 """A cell whose two arms end further apart than this in L0, on the tokens they are compared on, has failed."""
 
@@ -132,21 +132,24 @@ def grid() -> list[Cell]:
     return [*cells, Cell("package:gemma3-270m", 9, "topk", 32, 0, expansion=25)]  # 16,000 latents
 
 
-def starts(teacher: SAE[Any], data: Data, seed: int) -> dict[str, SAE[Any]]:
-    """What the arms start from."""
-    sample = list(islice(data.train.batches(BATCH, seed=seed), 4))
-    init = calibrate(RationalSAE.from_teacher(teacher), sample)
-    scales = calibrate(RationalSAE.from_teacher(teacher), sample)
-    for name in ("C_in", "C_out"):
-        value = getattr(scales.gate, name)
-        setattr(scales.gate, name, torch.nn.Parameter(value.detach().expand(teacher.cfg.d_sae).clone()))
-    scales.sync_config()
-    dense = calibrate(RationalSAE.from_teacher(teacher, support="dense"), sample)
-    return {"teacher": teacher, "init": init, "scales": scales, "dense": dense}
+def start(kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
+    """What an arm starts from: the teacher, the initialised RSAE, the same with scales for each latent, the paper's dense one."""
+    if kind == "teacher":
+        return teacher
+    support: Support = "dense" if kind == "dense" else "hard"
+    sample = islice(data.train.batches(BATCH, seed=seed), 4)
+    sae = calibrate(RationalSAE.from_teacher(teacher, support=support), list(sample))
+    if kind == "scales":
+        for name in ("C_in", "C_out"):
+            value = getattr(sae.gate, name).detach()
+            setattr(sae.gate, name, torch.nn.Parameter(value.expand(teacher.cfg.d_sae).clone()))
+        sae.sync_config()
+    return sae
 
 
 def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progress | None) -> dict[str, Any]:
     """Train and measure a cell; its entry in evidence.json."""
+    _peak_memory_gb(reset=True)
     teacher = pretrain(
         cell.family, data.train, replace(TEACHER, target_l0=float(cell.l0), seed=cell.seed), d_sae=cell.expansion * data.train.d_in,
         held_out=data.validation, metadata={"model_name": cell.host, "hook_name": cell.hook}, out=out / "teacher",
@@ -155,14 +158,21 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
     write_json(out / "run.json", {"identity": {"host": cell.host, "hook": cell.hook}})  # for `rsae probe`
     teacher_hash = sha256_file(out / "teacher" / "sae_weights.safetensors")
     l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
-    start = starts(teacher, data, cell.seed)
-    saes: dict[str, Any] = {"teacher": teacher} | ({"init": start["init"]} if len(arms) > len(MAIN) else {})
+    saes: dict[str, Any] = {"teacher": teacher}
+    if len(arms) > len(MAIN):
+        saes["init"] = start("init", teacher, data, cell.seed)
+    failed_arms = {}
     for name in arms:
         how = replace(FINETUNE, target_l0=l0, seed=cell.seed, **ARMS[name].change)
-        saes[name] = finetune(
-            start[ARMS[name].start], data.train, how, held_out=data.validation, out=out / name, progress=progress,
-            name=f"{cell.name} {name}",
-        )  # fmt: skip
+        try:
+            saes[name] = finetune(
+                start(ARMS[name].start, teacher, data, cell.seed), data.train, how, held_out=data.validation, out=out / name,
+                progress=progress, name=f"{cell.name} {name}",
+            )  # fmt: skip
+        except ValueError as error:
+            if name in MAIN or DIVERGED not in str(error):
+                raise
+            failed_arms[name] = str(error)
     eps = {}
     if "paper" in saes:
         saes["paper_hardened"] = saes["paper"]
@@ -185,8 +195,9 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         "excluded": found["excluded"],
         "arms": {arm: found[arm] for arm in saes} | {arm: found[arm] | {"eps": value} for arm, value in eps.items()},
         **{"_minus_".join(pair): found["_minus_".join(pair)] for pair in pairs},
-        "verdict": found["verdict"],
+        "verdict": dict.fromkeys(found["verdict"], "failed") if gap > L0_TOLERANCE else found["verdict"],
         "failed": f"L0 of rsae and control are {gap:.1%} apart" if gap > L0_TOLERANCE else None,
+        "failed_arms": failed_arms,
         "identity": identity(
             teacher, {arm: saes[arm] for arm in MAIN}, data.host, data.hook, contexts, store_stats=data.train.sink_rule,
             progress=progress,
@@ -194,9 +205,9 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         if len(arms) > len(MAIN)
         else {},
         "cost": {
-            "seconds": {name: _seconds(out / name) for name in ("teacher", *arms)},
+            "seconds": {name: _seconds(out / name) for name in saes if (out / name).exists()},
             "scalars_added": sum(p.numel() for p in saes["rsae"].gate.parameters()) - _thresholds(teacher),
-            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+            "peak_memory_gb": _peak_memory_gb(),
         },
     }  # fmt: skip
 
@@ -207,6 +218,16 @@ def _seconds(arm: Path) -> float:
     return round(last["tokens"] / last["tokens_per_s"], 1)
 
 
+def _peak_memory_gb(reset: bool = False) -> float | None:
+    """Peak resident memory since the last reset; None where the system does not tell."""
+    if not (status := Path("/proc/self/status")).exists():
+        return None
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 2**20, 2)
+
+
 def _thresholds(teacher: SAE[Any]) -> int:
     """How many thresholds a teacher has of its own."""
     return teacher.cfg.d_sae if teacher.cfg.architecture() == "jumprelu" else 0
@@ -215,14 +236,21 @@ def _thresholds(teacher: SAE[Any]) -> int:
 def settings() -> dict[str, Any]:
     """What a cell's numbers depend on besides its name."""
     return {
-        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(FINETUNE), "data": asdict(DATA), "paper": PAPER_PENALTY,
+        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(FINETUNE), "data": asdict(DATA),
+        "arms": {name: [arm.start, arm.change | _plain(arm.change)] for name, arm in ARMS.items()},
     }  # fmt: skip
+
+
+def _plain(change: dict[str, Any]) -> dict[str, Any]:
+    """The surrogate of a change as JSON has it."""
+    return {"surrogate": asdict(change["surrogate"])} if "surrogate" in change else {}
 
 
 def about(cell: Cell, data: Data) -> dict[str, Any]:
     """What a cell is."""
     return {
-        "host": cell.host, "hook": cell.hook, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
+        "host": cell.host, "hook": cell.hook, "is_middle": cell.layer == LAYERS[cell.host][1],
+        "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
         "unique_tokens": data.train.n_tokens, "settings": config_hash(settings()), "provenance": provenance(),
     }  # fmt: skip
@@ -235,23 +263,22 @@ def gather(cell: Cell, progress: Progress | None) -> Data:
 
 
 def attempt(cell: Cell, arms: Sequence[str], data: Data, progress: Progress | None) -> dict[str, Any]:
-    """`run`; a cell that cannot be run, by nan or a sparsity out of reach, stands in the tables too."""
+    """`run`; a cell whose control or RSAE diverges stands in the tables too."""
     try:
         return run(cell, arms, data, RUNS / cell.name, progress)
     except ValueError as error:
-        if "another run" in str(error):  # a folder of other settings, which is for its owner to delete
+        if DIVERGED not in str(error):
             raise
-        return about(cell, data) | {"arms": {}, "verdict": {}, "failed": str(error)}
+        return about(cell, data) | {"arms": {}, "verdict": dict.fromkeys(METRICS, "failed"), "failed": str(error)}
 
 
 def save(evidence: dict[str, Any], cells: Iterable[dict[str, Any]]) -> None:
     """Put the cells into the evidence, in the order of the grid, and write it."""
     order = {cell.name: i for i, cell in enumerate(grid())}
     stamp = provenance()
-    evidence |= {
-        "commit": stamp["commit"], "machine": stamp["machine"], "settings": settings(),
-        "cells": sorted(cells, key=lambda cell: order.get(cell["name"], len(order))),
-    }  # fmt: skip
+    evidence |= {"commit": stamp["commit"], "machine": stamp["machine"]}
+    evidence |= {"settings": settings(), "settings_hash": config_hash(settings()), "grid": len(order)}
+    evidence["cells"] = sorted(cells, key=lambda cell: order.get(cell["name"], len(order)))
     write_json(RESULTS / "evidence.json", evidence)
 
 
@@ -294,7 +321,12 @@ def main() -> None:
                     held = None  # one host at a time
                     held = (cell.host, cell.hook), gather(cell, progress)
                 found = attempt(cell, arms, held[1], progress)
-            known[cell.name] = {"name": cell.name, **found}
+            kept = (
+                {"probing": done["probing"]}
+                if done and "probing" in done and done["teacher"] == found.get("teacher")
+                else {}
+            )
+            known[cell.name] = {"name": cell.name, **kept, **found}
             save(evidence, known.values())
             write_tables(evidence, RESULTS)
     write_tables(evidence, RESULTS)

@@ -374,6 +374,8 @@ def test_bad_input(host: CausalMean, contexts: Contexts, stats: SinkRule) -> Non
         run({"control": TinySAE(0), "rsae": TinySAE(1)}, ce_tokens=1)
     with pytest.raises(ValueError, match=r"at least 1, got 16 and 0"):
         run(ce_tokens=0)
+    with pytest.raises(ValueError, match=r"eps names arms that are not measured: \['absent'\]"):
+        run(eps={"absent": 0.1})
     with pytest.raises(ValueError, match="eps must be"):
         run(eps=-0.1)
     with pytest.raises(ValueError, match="all 72 held-out tokens are excluded"):

@@ -90,6 +90,7 @@ def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
     expected = cell["arms"]["rsae"]["fvu"] / cell["arms"]["control"]["fvu"] - 1
     assert mean == pytest.approx(expected, rel=1e-6)
     assert set(cell["verdict"]) == {"fvu", "delta_ce", "alive", "dense"}
+    assert not cell["failed_arms"]
 
     weights = next((tmp_path / "runs").rglob("rsae/sae_weights.safetensors"))
     before = weights.stat().st_mtime_ns
@@ -115,6 +116,29 @@ def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
     assert readme.startswith("# Title\n")
     assert readme.endswith("after\n")
     assert "old" not in readme
+    assert f"| topk | 1 | {mean:+.2%} [{low:+.2%}, {high:+.2%}] |" in readme
+    assert "2 of 2 cells" in readme
+
+    stale = [cell | {"settings": "of another time"} for cell in again["cells"]]
+    (tmp_path / "results" / "evidence.json").write_text(json.dumps(again | {"cells": stale[:1] + again["cells"][1:]}))
+    call(bench, monkeypatch, "--tables")
+    assert "| topk |" not in (tmp_path / "README.md").read_text()
+
+
+def test_an_arm_that_diverges_does_not_take_the_cell_with_it(bench, monkeypatch, tmp_path):
+    train = bench.finetune
+
+    def diverge(*arguments, name, **others):
+        if name.endswith("scale_only"):
+            raise ValueError("scale_only: the loss is nan at step 10")
+        return train(*arguments, name=name, **others)
+
+    monkeypatch.setattr(bench, "finetune", diverge)
+    call(bench, monkeypatch, "--only", "topk")
+    (cell,) = json.loads((tmp_path / "results" / "evidence.json").read_text())["cells"]
+    assert set(cell["failed_arms"]) == {"scale_only"}
+    assert set(cell["arms"]) == {"teacher", "init", *bench.ARMS, "paper_hardened"} - {"scale_only"}
+    assert cell["verdict"]["fvu"] in ("win", "tie", "loss")
 
 
 def test_a_cell_that_cannot_be_run_stands_in_the_table(bench, monkeypatch, tmp_path):
@@ -137,4 +161,6 @@ def test_arms_too_far_apart_in_l0_have_failed(bench, monkeypatch, tmp_path):
     (cell,) = json.loads((tmp_path / "results" / "evidence.json").read_text())["cells"]
     assert "apart" in cell["failed"]
     assert "rsae" in cell["arms"]
+    assert set(cell["verdict"].values()) == {"failed"}
+    assert "win" not in (tmp_path / "README.md").read_text().split("RSAE wins")[0]
     assert "| fvu | 0 | 0 | 0 | 1 |" in (tmp_path / "results" / "EVIDENCE.md").read_text()

@@ -167,6 +167,9 @@ def test_the_paper_s_recipe_counts_as_many_latents_as_the_teacher(family, demo_r
     again, _ = evaluate_folder(run, host, HOOK, text, run / "acts" / "train", **acts)
     assert again["config"]["eps"] == eps
     assert again["rsae"]["l0"] < again["rsae_dense"]["l0"]
+    (run / "metrics.json").unlink()
+    with pytest.raises(ValueError, match=r"no metrics\.json says what of it is counted"):
+        evaluate_folder(run, host, HOOK, text, run / "acts" / "train", **acts)
 
 
 class TestRefusals:

@@ -132,6 +132,8 @@ def upgrade(
         from rsae.pipeline import UpgradeConfig
         from rsae.pipeline import upgrade as run
 
+        if penalty is not None and recipe != "paper":
+            raise ValueError("--penalty is the l1 price of --recipe paper; the default recipe has none")
         config = UpgradeConfig(
             train_tokens=train_tokens,
             evaluation_tokens=evaluation_tokens,

@@ -211,6 +211,8 @@ def evaluate_runs(
     ]
     saes = {(run, arm): sae for run, arms in runs.items() for arm, sae in arms.items()}
     by_arm = eps if isinstance(eps, Mapping) else {arm: eps for _, arm in saes}
+    if unknown := by_arm.keys() - {arm for _, arm in saes}:
+        raise ValueError(f"eps names arms that are not measured: {sorted(unknown)}")
     reconstruction = {
         (run, arm): ReconstructionMetrics(host.d_model, sae.cfg.d_sae, eps=by_arm.get(arm, 0.0))
         for (run, arm), sae in saes.items()

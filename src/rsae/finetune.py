@@ -42,6 +42,8 @@ Objective = Literal["matched-l0", "l0", "l1"]
 Part = Literal["weights", "thresholds", "scales", "shape"]
 
 LOG_EVERY = 10
+LOOP = 2
+"""Raised whenever the same settings come to another result, so that an older run is not taken for one of this loop."""
 NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
 SILENT_TOKENS = 100_000
@@ -51,7 +53,7 @@ RELU_START = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """How an arm is fine-tuned. The same for every arm of a comparison."""
+    """How an arm is fine-tuned."""
 
     steps: int = 1000
     """Optimizer steps."""
@@ -519,6 +521,17 @@ def check_trainable(sae: SAE[Any]) -> None:
         )
 
 
+def check_frozen(sae: SAE[Any], config: FinetuneConfig) -> None:
+    """Refuse to freeze what an SAE does not have, or all that it has."""
+    if not config.frozen:
+        return
+    parts = set(trainee_for(sae, 1.0, config).parts())
+    if absent := set(config.frozen) - parts:
+        raise ValueError(f"this SAE has no {', '.join(sorted(absent))} to freeze; it has {', '.join(sorted(parts))}")
+    if set(config.frozen) == parts:
+        raise ValueError(f"nothing is left to train: {', '.join(config.frozen)} is all that this SAE has")
+
+
 def finetune(
     sae: SAE[Any],
     data: Store,
@@ -531,13 +544,13 @@ def finetune(
 ) -> SAE[Any]:
     """Train an SAE with its own gate, on batches that depend on `data`, `config.seed` and `config.batch_size` alone.
 
-    With the objective "matched-l0" the result has the target L0 on `held_out`, exactly but for ties: training steers it,
-    and `rsae.calibrate.match_l0` does the rest. A rational gate that keeps the k largest first gets a threshold for each
-    latent, which follows the sample as far as `config.alpha` says, and one whose thresholds are 0 (a ReLU's) gets low
-    positive ones: an edge at 0 can learn nothing.
+    With the objective "matched-l0" the result has the target L0 on `held_out`, exactly but for ties (unless its thresholds are
+    frozen): training steers it, and `rsae.calibrate.match_l0` does the rest. A rational gate that keeps the k largest first gets a
+    threshold for each latent, which follows the sample as far as `config.alpha` says, and one whose thresholds are 0 (a ReLU's)
+    gets low positive ones: an edge at 0 can learn nothing.
 
     Args:
-        sae: StandardSAE, JumpReLUSAE, TopKSAE or RationalSAE (a dense gate with the objective "l1", as in the paper). Not
+        sae: StandardSAE, JumpReLUSAE, TopKSAE, GatedSAE or RationalSAE (a dense gate with the objective "l1", as in the paper). Not
             changed.
         data: activations to train on.
         held_out: activations on which L0 is measured and matched.
@@ -555,7 +568,9 @@ def finetune(
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
     check_trainable(sae)
     keep_pages()
+    check_frozen(sae, config)
     inputs = {
+        "loop": LOOP,
         "config": asdict(config),
         "sae": _hash_of(sae),
         "data": data.fingerprint,
@@ -570,10 +585,6 @@ def finetune(
     unit = _unit(data, config)
     start = _ready_to_train(sae, data, config, target)
     trainee = trainee_for(start, unit, config)
-    if absent := set(config.frozen) - set(trainee.parts()):
-        raise ValueError(f"this SAE has no {', '.join(sorted(absent))} to freeze; it has {', '.join(trainee.parts())}")
-    if set(config.frozen) == set(trainee.parts()):
-        raise ValueError(f"nothing is left to train: {', '.join(config.frozen)} is all that this SAE has")
     _train(trainee, data, config, target, folder, progress, name)
     result = trainee.export(start)
     if config.objective == "matched-l0" and "thresholds" not in config.frozen:
@@ -594,7 +605,7 @@ def _train(
 ) -> None:
     """The loop."""
     parts = trainee.parts()
-    for part in config.frozen:
+    for part in set(config.frozen):
         for parameter in parts.pop(part):
             parameter.requires_grad_(False)
     body = parts.pop("weights", [])

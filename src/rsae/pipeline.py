@@ -214,6 +214,8 @@ def demo(
         metrics.json of each family.
     """
     out = Path(out)
+    if config.recipe != "hard":
+        raise ValueError(f"the demo shows the default recipe; for {config.recipe!r}: rsae upgrade --recipe paper")
     identity = {
         "host": host, "hook": hook, "text": text, "config": asdict(config), "teacher": asdict(teacher), "families": list(families),
     }  # fmt: skip
@@ -282,8 +284,9 @@ def train_arms(
     of_control = replace(settings, gate_lr=0.0) if is_rational else settings
     of_rsae = settings
     if config.recipe == "paper":
-        of_control = replace(settings, penalty=None)
-        of_rsae = replace(settings, objective="l1", penalty=settings.penalty or PAPER_PENALTY)
+        of_control = replace(settings, objective="matched-l0", penalty=None)
+        price = PAPER_PENALTY if settings.penalty is None else settings.penalty
+        of_rsae = replace(settings, objective="l1", penalty=price)
     for arm, start, how in (("control", teacher, of_control), ("rsae", init, of_rsae)):
         with ledger.clock(arm):
             arms[arm] = finetune(
@@ -327,6 +330,16 @@ def evaluate_folder(
     if not arms:
         raise ValueError(f"{run} holds none of {', '.join(ARMS)}: is it a run folder?")
     teacher = None if identity_of is None else load_teacher(identity_of)
+    if teacher is not None and not arms.keys() - {"teacher"}:
+        raise ValueError(f"{run} holds the teacher alone: --identity compares other arms with it")
+    # A dense gate counts only beside what it counts: `upgrade` of the paper's recipe says what that is
+    eps = (read_json(run / "metrics.json")["config"] if (run / "metrics.json").exists() else {}).get("eps", {})
+    dense = {arm for arm, sae in arms.items() if isinstance(sae, RationalSAE) and sae.gate.support == "dense"}
+    if dense - eps.keys() and "control" in arms:
+        raise ValueError(
+            f"{run}: {', '.join(sorted(dense))} has a dense gate, and no metrics.json says what of it is counted: "
+            "run `rsae upgrade --recipe paper` to its end first"
+        )
     store, model = ActivationStore.open(acts), load_host(host)
     contexts = evaluation_contexts(
         model.tokenizer, text, n_tokens=tokens, context_length=store.meta["config"]["context_length"]
@@ -341,8 +354,6 @@ def evaluate_folder(
             teacher.sae, others, model, hook, contexts, store_stats=store.sink_rule, progress=progress
         )  # fmt: skip
         write_json(run / "identity.json", compared)
-    # A paper recipe's run says what was counted in it
-    eps = (read_json(run / "metrics.json")["config"] if (run / "metrics.json").exists() else {}).get("eps", {})
     measured = {**arms, "rsae_dense": arms["rsae"]} if "rsae" in eps else arms
     metrics = evaluate(
         measured, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, eps=eps,

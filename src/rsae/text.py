@@ -174,8 +174,8 @@ def too_short(text: str, split: str, context_length: int) -> str:
 
 
 def shared_documents(spec: str, split: Split = "evaluation") -> int:
-    """How many documents of `split` share a line or a sentence of 40 characters with a training document (blanks, case and
-    punctuation aside)."""
+    """How many documents of `split` share a line or a sentence with a training document: one that has 30 characters or more besides
+    blanks and punctuation (case aside), which two texts do not have by chance."""
     held_out = [_long_keys(document.text) for document in documents(spec, split=split)]
     wanted = set().union(*held_out)
     found: set[str] = set()
