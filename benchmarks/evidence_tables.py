@@ -114,20 +114,18 @@ def _page(evidence: dict[str, Any]) -> str:
     measured = [cell for cell in cells if _measured(cell)]
     settings = evidence["settings"]
     finetune, teacher = settings["finetune"], settings["teacher"]
+    millions = " and ".join(sorted({f"{cell['unique_tokens'] / 1e6:.2f}" for cell in cells}))
     parts = [
         "# RSAE minus control: the evidence\n",
         f"`python -m benchmarks.evidence`, {_ran_on(cells)}. Every number here is from "
         "`evidence.json`; this page is made by the same command.\n",
-        f"Text: `{evidence['text']}`; training and evaluation documents are from different sources, and "
-        f"{evidence['shared_documents']} evaluation documents share a long line or sentence with a training "
-        f"document. Teachers: {teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g}. Every fine-tuned arm: "
-        f"{finetune['steps']} steps more on the same batches, lr {finetune['lr']:g}, mean L0 matched to the teacher's on "
-        "validation text, exact zeros counted (the arms that say otherwise apart). The training text is "
-        f"{cells[0]['unique_tokens'] / 1e6:.2f} M tokens, read several times. "
-        if cells
-        else "",
-        "Differences: relative for FVU, nats per token for delta-CE, with the 95% interval "
-        "of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 percentage point.\n",
+        f"Text: `{evidence['text']}`, {millions} M tokens to train on, read several times; evaluation documents are from other "
+        f"sources, and {evidence['shared_documents']} of them share a long line or sentence with a training document. Teachers: "
+        f"{teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g}. Every fine-tuned arm: {finetune['steps']} "
+        f"steps more on the same batches, lr {finetune['lr']:g}, mean L0 matched to the teacher's on validation text, exact zeros "
+        "counted (the arms that say otherwise apart). Differences: relative for FVU, nats per token for delta-CE, with the 95% "
+        "interval of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 percentage "
+        "point.\n",
         "The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK and JumpReLU, with seed 0, on other "
         "documents of the sources that are evaluated here. Both arms have the better of two learning rates tried for the control, "
         "1e-3 and 5e-4.\n",

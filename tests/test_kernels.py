@@ -155,6 +155,38 @@ def test_the_rational_and_its_gradients(plain, n, per_entry, degree) -> None:
         )
 
 
+@pytest.mark.parametrize("scales", [(), (301,), (7, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rational_of_a_matrix(plain, scales, dtype) -> None:
+    """A dense gate in training: scalar scales, one for each latent, one for each sample."""
+    fit = fit_gate("jumprelu", (9, 8), theta=0.1, delta=0.005)
+    generator = torch.Generator().manual_seed(len(scales))
+    tensors = {
+        "h": (2 * torch.randn(7, 301, generator=generator)).to(dtype),
+        "num": torch.tensor(fit.num_coeffs, dtype=torch.float32),
+        "den": torch.tensor(fit.den_coeffs, dtype=torch.float32),
+        "C_in": 0.5 + torch.rand(scales, generator=generator),
+        "C_out": 0.5 + torch.rand(scales, generator=generator),
+    }
+    grad = torch.randn(7, 301, generator=generator).to(dtype)
+
+    def results():
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        out = rational(*leaves.values(), fit.centre, fit.scale)
+        out.backward(grad)
+        return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+    slow, fast = both(plain, results)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    for name, value in slow.items():
+        assert fast[name].dtype == value.dtype
+        assert fast[name].shape == value.shape
+        scale = max(float(value.abs().max()), 1.0)
+        torch.testing.assert_close(
+            fast[name], value, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def test_results_do_not_depend_on_the_number_of_threads(plain) -> None:
     plain(False)
     h, threshold = random_h(50, 300), torch.full((300,), 1.5)

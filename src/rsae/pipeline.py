@@ -346,19 +346,21 @@ def evaluate_folder(
     )
     config = {"host": host, "hook": hook, "text": text, "tokens": tokens}
     compared = None
-    if teacher is not None:  # first: a teacher that does not fit is refused before anything is written
+    if teacher is not None:
         others = {arm: sae for arm, sae in arms.items() if arm != "teacher"}
         about = {**config, "teacher": str(identity_of), "fingerprint": teacher.fingerprint}
         compared = {"schema": 1, "config": about, "provenance": provenance(), "sources": list(contexts.sources)}
         compared |= compare_latents(
             teacher.sae, others, model, hook, contexts, store_stats=store.sink_rule, progress=progress
         )  # fmt: skip
-        write_json(run / "identity.json", compared)
     measured = {**arms, "rsae_dense": arms["rsae"]} if "rsae" in eps else arms
     metrics = evaluate(
         measured, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, eps=eps,
-        config={**config, "ce_tokens": ce_tokens, "eps": eps}, out=run / "metrics.json", progress=progress,
+        config={**config, "ce_tokens": ce_tokens, "eps": eps}, progress=progress,
     )  # fmt: skip
+    write_json(run / "metrics.json", metrics)
+    if compared is not None:
+        write_json(run / "identity.json", compared)
     return metrics, compared
 
 

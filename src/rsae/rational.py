@@ -204,7 +204,8 @@ def rational(
     Returns:
         phi(h) in the dtype of h.
     """
-    if torch.is_grad_enabled() and h.ndim > 1 and h.dtype != torch.float64 and _has_kernels(h):
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (h, num_coeffs, den_coeffs, C_in, C_out))
+    if learns and h.ndim > 1 and h.dtype != torch.float64 and _has_kernels(h):
         # As a list of entries the compiled kernels take it, several times as fast; for that each has its own scales
         entries = h.float().reshape(-1)
         C_in, C_out = (C if C.ndim == 0 else C.float().expand(h.shape).reshape(-1) for C in (C_in, C_out))
