@@ -510,11 +510,13 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from rsae.report.runs import ARMS
+
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
     for name in ("FVU", "L0", "alive", "dense", "delta-CE", "loss rec.", "KL"):
         table.add_column(name, justify="right")
-    for arm, label in (("teacher", "teacher"), ("control", "control"), ("init", "RSAE init"), ("rsae", "RSAE")):
+    for arm, label in ARMS.items():
         if (row := metrics.get(arm)) is None:
             continue
         cells = (
@@ -530,6 +532,8 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
         fvu, low, high = (f"{100 * v:+.2f}%" for v in difference["fvu"])
         ce, ce_low, ce_high = (f"{v:+.4f}" for v in difference["delta_ce"])
         console.print(f"RSAE minus {other}: FVU {fvu} [{low}, {high}], delta-CE {ce} [{ce_low}, {ce_high}] nats")
+    if metrics.get("config", {}).get("eps"):  # of a dense gate, which has no zeros of its own
+        console.print(f"counted: {metrics['counting_rule']}")
     if "verdict" in metrics:
         console.print("verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items()))
 

@@ -58,7 +58,8 @@ class UpgradeConfig:
     recipe: Recipe = "hard"
     """"hard": exact zeros, and the teacher's L0. "paper": the paper's dense gate, with an l1 price (`finetune.penalty`; None: 0.3).
     That has no zeros to count, so it is settled after training what is one: |z| <= eps is zeroed before anything is measured, eps
-    such that L0 is the teacher's. The arm "rsae_dense" is the same with nothing zeroed."""
+    such that L0 is the teacher's. The arm "rsae_dense" is the same with nothing zeroed, and so is the checkpoint: eps is in
+    metrics.json."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Of both fine-tuned arms."""
 
