@@ -532,8 +532,9 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
         fvu, low, high = (f"{100 * v:+.2f}%" for v in difference["fvu"])
         ce, ce_low, ce_high = (f"{v:+.4f}" for v in difference["delta_ce"])
         console.print(f"RSAE minus {other}: FVU {fvu} [{low}, {high}], delta-CE {ce} [{ce_low}, {ce_high}] nats")
-    if metrics.get("config", {}).get("eps"):  # of a dense gate, which has no zeros of its own
-        console.print(f"counted: {metrics['counting_rule']}")
+    if eps := metrics.get("config", {}).get("eps"):  # of a dense gate, which has no zeros of its own
+        counted = ", ".join(f"{ARMS[arm]} |z| > {value:.4g}" for arm, value in eps.items())
+        console.print(f"counted, and all else set to 0: {counted}")
     if "verdict" in metrics:
         console.print("verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items()))
 
