@@ -128,7 +128,7 @@ def _page(evidence: dict[str, Any]) -> str:
         "point.\n",
         "The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK and JumpReLU, with seed 0, on other "
         "documents of the sources that are evaluated here. Both arms have the better of two learning rates tried for the control, "
-        "1e-3 and 5e-4.\n",
+        "1e-3 and 5e-4 (TopK and JumpReLU).\n",
         f"## Verdict on {len(cells)} of the grid's {evidence['grid']} cells: RSAE against the control\n",
         _table(["", "win", "tie", "loss", "failed"], _verdicts(cells)),
     ]

@@ -125,6 +125,14 @@ def test_sums_and_products_over_entries(plain, batch, d_sae, d, density) -> None
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * d**0.5)
 
 
+def value_and_gradients(fit, tensors, grad):
+    """phi(h), and the gradients of h, both coefficients and both scales, for an upstream `grad`."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    out = rational(*leaves.values(), fit.centre, fit.scale)
+    out.backward(grad)
+    return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 3000])
 @pytest.mark.parametrize("per_entry", [False, True])
 @pytest.mark.parametrize("degree", [(9, 8), (3, 2), (1, 0)])
@@ -141,13 +149,7 @@ def test_the_rational_and_its_gradients(plain, n, per_entry, degree) -> None:
     }
     grad = torch.randn(n, generator=generator)
 
-    def results():
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-        out = rational(*leaves.values(), fit.centre, fit.scale)
-        out.backward(grad)
-        return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
-
-    slow, fast = both(plain, results)
+    slow, fast = both(plain, lambda: value_and_gradients(fit, tensors, grad))
     for name, value in slow.items():
         scale = float(value.abs().max()) if value.numel() else 1.0
         torch.testing.assert_close(
@@ -170,13 +172,7 @@ def test_the_rational_of_a_matrix(plain, scales, dtype) -> None:
     }
     grad = torch.randn(7, 301, generator=generator).to(dtype)
 
-    def results():
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-        out = rational(*leaves.values(), fit.centre, fit.scale)
-        out.backward(grad)
-        return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
-
-    slow, fast = both(plain, results)
+    slow, fast = both(plain, lambda: value_and_gradients(fit, tensors, grad))
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     for name, value in slow.items():
         assert fast[name].dtype == value.dtype

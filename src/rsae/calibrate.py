@@ -50,27 +50,13 @@ def calibrate_threshold(teacher: SAE[Any], activations: Activations, l0: float |
         activations: batches of activations; a few tens of thousands of tokens.
         l0: the L0 to reach; default the teacher's k.
     """
-    target = float(teacher.cfg.k if l0 is None else l0)
-    largest, tokens = [], 0
-    for x in activations:
-        tokens += len(x)
-        # The threshold lies far below the mean's (4 k)-th value in any sample that matters
-        keep = min(math.ceil(4 * target) + 1, teacher.cfg.d_sae)
-        largest.append(pre_acts(teacher, x).topk(keep, dim=1).values.flatten())
-    _require(tokens)
-    return _value_at_rank(torch.cat(largest), round(target * tokens))
+    return _edge((pre_acts(teacher, x) for x in activations), float(teacher.cfg.k if l0 is None else l0))
 
 
 @torch.no_grad()
 def counting_threshold(sae: SAE[Any], activations: Activations, l0: float) -> float:
     """The eps at which, on average, `l0` latents of a token have |z| > eps: what sparsity means for a dense gate."""
-    largest, tokens = [], 0
-    for x in activations:
-        tokens += len(x)
-        keep = min(math.ceil(4 * l0) + 1, sae.cfg.d_sae)
-        largest.append(sae.encode(x).abs().topk(keep, dim=1).values.flatten())
-    _require(tokens)
-    return _value_at_rank(torch.cat(largest), round(l0 * tokens))
+    return _edge((sae.encode(x).abs() for x in activations), l0)
 
 
 @torch.no_grad()
@@ -91,19 +77,17 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     if alpha == 1:
         return sae  # every sample has its k largest, whatever the thresholds' common factor
     threshold = gate.threshold if gate is not None else getattr(sae, "threshold", None)
-    near, tokens = [], 0
-    for x in activations:
+
+    def relative(x: Tensor) -> Tensor:
         h = pre_acts(sae, x)
-        tokens += len(x)
         if architecture == "gated":  # an open gate lets nothing through where the magnitude is not positive
             magnitude = (h - sae.b_gate) * sae.r_mag.exp() + sae.b_mag  # type: ignore[operator]
             h = torch.where(magnitude > 0, h, -torch.inf)
         if threshold is not None:
             h = h / (gate.sample_threshold(h) if gate is not None else threshold).clamp(min=1e-12)
-        keep = min(math.ceil(4 * l0) + 1, sae.cfg.d_sae)
-        near.append(h.topk(keep, dim=1).values.flatten())
-    _require(tokens)
-    edge = _value_at_rank(torch.cat(near), round(l0 * tokens))
+        return h
+
+    edge = _edge(map(relative, activations), l0)
     if threshold is None:
         sae.get_parameter("b_gate" if architecture == "gated" else "b_enc").data.sub_(edge)
     else:
@@ -296,6 +280,17 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
         "pre_acts": {"edges": edges.tolist(), "counts": counts.tolist()},
         "formula": formula,
     }
+
+
+def _edge(values: Iterable[Float[Tensor, "batch d_sae"]], l0: float) -> float:
+    """The number that, on average over all rows, `l0` values of a row are above."""
+    largest, rows = [], 0
+    for batch in values:
+        rows += len(batch)
+        # It lies far below the (4 l0)-th value of any row that matters
+        largest.append(batch.topk(min(math.ceil(4 * l0) + 1, batch.shape[1]), dim=1).values.flatten())
+    _require(rows)
+    return _value_at_rank(torch.cat(largest), round(l0 * rows))
 
 
 def _value_at_rank(values: Tensor, rank: int) -> float:

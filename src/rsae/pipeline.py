@@ -277,8 +277,9 @@ def train_arms(
         sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
         is_rational = isinstance(teacher, RationalSAE)
         support: Support = "dense" if config.recipe == "paper" else "hard"
-        made = teacher if is_rational else RationalSAE.from_teacher(teacher, config.degree, support=support)
-        init = made if is_rational else calibrate(made, sample)
+        init = teacher
+        if not is_rational:
+            init = calibrate(RationalSAE.from_teacher(teacher, config.degree, support=support), sample)
         save_sae(init, run / "init")
     arms = {"teacher": teacher, "init": init}
     # There is no own gate to train in an RSAE's control but the rational: it keeps the one that it has

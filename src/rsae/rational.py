@@ -146,10 +146,6 @@ def _kernels(h: Tensor, *others: Tensor) -> kernels.Kernels | None:
     return kernels.usable(h, *others) if fits else None
 
 
-def _has_kernels(h: Tensor) -> bool:
-    return h.device.type == "cpu" and kernels.library() is not None
-
-
 def _working_dtype(h: Tensor) -> torch.dtype:
     """float32 for anything narrower, float64 for float64."""
     return torch.promote_types(h.dtype, torch.float32)
@@ -205,7 +201,8 @@ def rational(
         phi(h) in the dtype of h.
     """
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (h, num_coeffs, den_coeffs, C_in, C_out))
-    if learns and h.ndim > 1 and h.dtype != torch.float64 and _has_kernels(h):
+    is_narrow = h.device.type == "cpu" and h.dtype != torch.float64
+    if learns and is_narrow and h.ndim > 1 and kernels.library() is not None:
         # As a list of entries the compiled kernels take it, several times as fast; for that each has its own scales
         entries = h.float().reshape(-1)
         C_in, C_out = (C if C.ndim == 0 else C.float().expand(h.shape).reshape(-1) for C in (C_in, C_out))
