@@ -163,6 +163,7 @@ def test_the_paper_s_recipe_counts_as_many_latents_as_the_teacher(family, demo_r
     assert metrics["rsae"]["fvu"] != metrics["rsae_dense"]["fvu"]
     assert f"|z| > {eps['rsae']:g}" in metrics["counting_rule"]
     assert "RSAE, nothing zeroed" in (run / "report.html").read_text()
+    assert "objective l1" in (run / "report.html").read_text()
     acts = {"tokens": 300, "ce_tokens": 200, "progress": None}
     again, _ = evaluate_folder(run, host, HOOK, text, run / "acts" / "train", **acts)
     assert again["config"]["eps"] == eps

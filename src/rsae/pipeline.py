@@ -455,12 +455,15 @@ def _record(
     write_json(run / "metrics.json", metrics)
     sample = next(iter(data.validation.iterate(4096)))[0]
     write_json(run / "gate.json", gate_curves(arms, sample))
+    trained = read_json(run / "rsae" / "finetune.json")[
+        "config"
+    ]  # of the RSAE: the paper's recipe has an objective of its own
     ledger.write(
         family=family,
         host=data.host.spec,
         hook=data.hook,
         text=data.train.meta["config"]["text"],
-        target_l0=read_json(run / "rsae" / "finetune.json")["config"]["target_l0"],
+        target_l0=trained["target_l0"],
         d_in=data.train.d_in,
         d_sae=arms["teacher"].cfg.d_sae,
         tokens={
@@ -469,7 +472,7 @@ def _record(
             "finetune": config.finetune.steps * config.finetune.batch_size,
             "evaluation": metrics["teacher"]["n_tokens"],
         },
-        finetune=asdict(config.finetune),
+        finetune=trained,
     )
 
 
