@@ -384,9 +384,10 @@ class ThresholdTrainee(SparseTrainee):
         if surrogate.price is not None:
             surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
         on = h > threshold.detach()
-        self.silent += entries.shape[0]
-        self.silent[entries.latents[on]] = 0
-        return hard_edge(amplitude, h, threshold, on, surrogate, curvature)
+        active = torch.bincount(entries.latents[on], minlength=entries.shape[1])
+        self.silent = torch.where(active > 0, 0, self.silent + entries.shape[0])
+        rate = (active / entries.shape[0])[entries.latents] if surrogate.crowding else None
+        return hard_edge(amplitude, h, threshold, on, surrogate, curvature, rate)
 
     @torch.no_grad()
     def constrain(self) -> None:
