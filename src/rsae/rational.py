@@ -240,9 +240,10 @@ class _HardEdge(torch.autograd.Function):
         surrogate: Surrogate,
         curvature: Tensor | None,
         rate: Tensor | None,
+        total: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(amplitude, h, threshold, on, curvature, rate)
-        ctx.surrogate = surrogate
+        ctx.surrogate, ctx.total = surrogate, total
         return torch.where(on, amplitude, 0.0)
 
     @staticmethod
@@ -259,11 +260,13 @@ class _HardEdge(torch.autograd.Function):
         weight = 1 if rate is None else 1 + surrogate.crowding * rate
         price = surrogate.price
         if price is None:
-            price = -(window * gain).sum() / (window * weight).sum().clamp(min=1)
+            sums = torch.stack([(window * gain).sum(), (window * weight).sum()])
+            signals, weights = sums if ctx.total is None else ctx.total(sums)
+            price = -signals / weights.clamp(min=1)
         edge = window * (gain + price * weight) / torch.where(width > 0, width, 1.0)  # per unit of h
         d_h = surrogate.strength * edge if surrogate.strength else None
         d_threshold = (-edge * (h / threshold.clamp(min=torch.finfo(h.dtype).tiny))).sum_to_size(threshold.shape)
-        return torch.where(on, grad, 0.0), d_h, d_threshold, None, None, None, None
+        return torch.where(on, grad, 0.0), d_h, d_threshold, None, None, None, None, None
 
 
 def hard_edge(
@@ -274,6 +277,7 @@ def hard_edge(
     surrogate: Surrogate,
     curvature: Float[Tensor, "*#batch"] | None = None,
     rate: Float[Tensor, "*#batch"] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Latents that are `amplitude` where `on` and exactly 0 elsewhere, with a surrogate gradient at the threshold.
 
@@ -305,12 +309,13 @@ def hard_edge(
         surrogate: kind, bandwidth, strength, price, crowding.
         curvature: ||w_j||^2 / B, for "jump-corrected".
         rate: share of the samples on which an entry's latent is active, for `crowding`.
+        total: adds up what other processes have of the batch, where this is a part of it: the price is that of all.
     """
     if surrogate.kind == "jump-corrected" and curvature is None:
         raise ValueError(
             "the jump-corrected surrogate needs curvature = ||W_dec[j]||^2 / batch size; pass it, or use kind='rectangle'"
         )
-    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature, rate)  # type: ignore[return-value]
+    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature, rate, total)  # type: ignore[return-value]
 
 
 class RationalGate(nn.Module):
