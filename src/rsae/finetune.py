@@ -32,7 +32,6 @@ from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, read_json, write_json
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
 from rsae.mesh import ALONE, Mesh, is_per_latent, joined, shard_of
-from rsae.ranks import agree
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
 from rsae.sae import RationalSAE, save_sae, without_rescaling
 from rsae.teachers import load_teacher
@@ -130,6 +129,7 @@ class Trainee(nn.Module, ABC):
     """
 
     centre: Float[Tensor, " d_in"]
+    norms: Float[Tensor, "d_sae 1"]
 
     encoder_bias = "b_enc"
     """The bias of the pre-activations that decide which latents are active, by its name in the checkpoint."""
@@ -152,7 +152,8 @@ class Trainee(nn.Module, ABC):
         # What the encoder's input is centred on stays as it came, and b_dec learns as the decoder's alone: `export` puts what lies
         # between into the encoder's bias. Tied, the estimated gradient of an edge would shift every token's reconstruction
         self.register_buffer("centre", self.b_dec.detach().clone() if self.subtracts else torch.zeros_like(self.b_dec))
-        self.norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
+        norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
+        self.register_buffer("norms", norms, persistent=False)
 
     def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
         """The parameters that are trained at `gate_lr`, by part."""
@@ -593,7 +594,7 @@ def finetune(
             changed.
         data: activations to train on.
         held_out: activations on which L0 is measured and matched.
-        out: folder for log.jsonl, checkpoint.safetensors (while it runs) and the finished SAELens checkpoint. A run that was
+        out: folder for log.jsonl, checkpoint-STEP (while it runs) and the finished SAELens checkpoint. A run that was
             killed continues from its last checkpoint to the same result; a finished one is loaded.
         progress, name: progress(name, steps done, steps).
         mesh: the ranks that train together (`Mesh.of`), each on its share of every batch and with its shard of the latents. What
@@ -619,7 +620,7 @@ def finetune(
         "data": data.fingerprint,
         "held_out": held_out.fingerprint,
     }
-    agree("the inputs and settings of the fine-tuning", config_hash(inputs))
+    mesh.ranks.agree("inputs and settings", config_hash(inputs))
     folder = _Folder(out, inputs, mesh) if out is not None else None
     if folder is not None and folder.done:
         return folder.result()
@@ -811,7 +812,7 @@ class _Folder:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to log.jsonl."""
-        if self.mesh.is_main:
+        if self.mesh.ranks.is_main:
             with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -860,7 +861,7 @@ class _Folder:
 
 
 def _state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Tensors of a run by name, those of each latent first in their name; loading writes into them."""
+    """The tensors that the rest of a run depends on, by name; loading writes into them."""
     tensors = {f"model.{name}": tensor.detach() for name, tensor in trainee.state_dict(keep_vars=True).items()}
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in trainee.named_parameters():

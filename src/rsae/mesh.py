@@ -73,6 +73,7 @@ class Mesh(NamedTuple):
     data: Axis = Axis()
     latents: Axis = Axis()
     devices: DeviceMesh | None = None
+    ranks: Ranks = Ranks()
 
     @classmethod
     def of(cls, latent_shards: int = 1) -> Mesh:
@@ -98,12 +99,7 @@ class Mesh(NamedTuple):
             Axis(size, devices.get_local_rank(name), devices.get_group(name))
             for size, name in zip(shape, ("data", "latents"), strict=True)
         )
-        return cls(data, latents, devices)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
-        return self.data.rank == self.latents.rank == 0
+        return cls(data, latents, devices, ranks)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks. Without a gradient."""
@@ -156,16 +152,16 @@ class Mesh(NamedTuple):
         """What `function` returns on the main rank, which alone calls it; on every rank. Its ValueError too."""
         if self.devices is None:
             return function()
-        answer: list[Any] = [None, None]
-        if self.is_main:
+        result, error = None, None
+        if self.ranks.is_main:
             try:
-                answer[0] = function()
-            except ValueError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise ValueError(answer[1])
-        return answer[0]
+                result = function()
+            except ValueError as refused:
+                error = str(refused)
+        result, error = self.ranks.broadcast((result, error))
+        if error is not None:
+            raise ValueError(error)
+        return result  # type: ignore[return-value]
 
     def save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Write tensors by name to a folder of safetensors, each rank what it holds."""
