@@ -23,11 +23,20 @@ HERE = Path(__file__).parent
 
 def work(folder, *, data=1, latents=1, stop=0):
     """Run ranks_at_work.py in data x latents processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={data * latents}"] if data * latents > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={data * latents}"]
+        if data * latents > 1
+        else []
+    )
     arguments = [*launch, str(HERE / "ranks_at_work.py"), folder, latents, stop]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False, env=environment
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
     )
 
 
@@ -59,7 +68,8 @@ def assert_same(run, reference):
     assert len(arms) == 8
     for arm in arms:
         ours, theirs = (
-            [json.loads(line) for line in (path / arm / "log.jsonl").read_text().splitlines()] for path in (run, reference)
+            [json.loads(line) for line in (path / arm / "log.jsonl").read_text().splitlines()]
+            for path in (run, reference)
         )
         assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [10, 20], arm
         for a, b in zip(ours, theirs, strict=True):

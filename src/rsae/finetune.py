@@ -668,7 +668,9 @@ def _train(
     groups = [{"params": body, "rate": config.lr}, {"params": gate, "rate": config.gate_lr}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99), fused=True)
     mesh, trained = trainee.mesh, [*body, *gate]
-    replicated = [p for name, p in trainee.named_parameters() if any(p is q for q in gate) and not is_per_latent(name, p)]
+    replicated = [
+        p for name, p in trainee.named_parameters() if any(p is q for q in gate) and not is_per_latent(name, p)
+    ]
     steers = config.objective == "matched-l0" and "thresholds" not in config.frozen
     first = folder.restore(trainee, optimizer) if folder is not None else 0
     if first == 0:

@@ -189,7 +189,9 @@ class Mesh(NamedTuple):
 
         latents = self.devices["latents"]
         return {
-            name: DTensor.from_local(tensor, latents, [Shard(0)], run_check=False) if is_per_latent(name, tensor) else tensor
+            name: DTensor.from_local(tensor, latents, [Shard(0)], run_check=False)
+            if is_per_latent(name, tensor)
+            else tensor
             for name, tensor in tensors.items()
         }
 
