@@ -35,7 +35,12 @@ def measure(d_sae: int = D_SAE, l0: int = L0, batch: int = BATCH) -> dict[str, f
     entries = len(trainee.choose(pre_activations(x - trainee.centre, trainee.W_enc, trainee.b_enc)).rows) / batch
     del trainee, step
     least = median_ms(floor(x, d_sae), runs=5, warmup=2)
-    return {"ms": round(ms, 1), "floor_ms": round(least, 1), "vs_floor": round(ms / least, 2), "entries": round(entries, 1)}
+    return {
+        "ms": round(ms, 1),
+        "floor_ms": round(least, 1),
+        "vs_floor": round(ms / least, 2),
+        "entries": round(entries, 1),
+    }
 
 
 def main() -> None:

@@ -108,9 +108,22 @@ def demo(
 
 @app.command()
 def upgrade(
-    teacher: Teacher,
+    teacher: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoint of any known format: a folder or file, RELEASE:SAE_ID, or OWNER/REPO:PATH on the hub. Several share "
+            "one harvest, and each gets a folder in --out."
+        ),
+    ],
     host: Host,
-    hook: Hook,
+    hook: Annotated[
+        list[str],
+        typer.Option(
+            "--hook",
+            help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path); for several teachers once, or once for "
+            "each in their order.",
+        ),
+    ],
     text: Text,
     out: Out,
     trust: Annotated[
@@ -137,11 +150,13 @@ def upgrade(
     with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig
         from rsae.mesh import Mesh
-        from rsae.pipeline import UpgradeConfig
+        from rsae.pipeline import UpgradeConfig, upgrade_all
         from rsae.pipeline import upgrade as run
 
         if penalty is not None and recipe != "paper":
             raise ValueError("--penalty is the l1 price of --recipe paper; the default recipe has none")
+        if len(hook) not in (1, len(teacher)):
+            raise ValueError(f"{len(teacher)} teachers take one --hook or {len(teacher)}; got {len(hook)}")
         config = UpgradeConfig(
             train_tokens=train_tokens,
             evaluation_tokens=evaluation_tokens,
@@ -149,15 +164,20 @@ def upgrade(
             finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty),
         )
         mesh = Mesh.of(latent_shards)
-        metrics = run(
-            teacher, host, hook, text, out, config=config, trust=trust, progress=progress if mesh.ranks.is_main else None,
-            command=_command(), mesh=mesh,
-        )  # fmt: skip
+        how: dict[str, Any] = {
+            "config": config, "trust": trust, "progress": progress, "command": _command(), "mesh": mesh,
+        }  # fmt: skip
+        if len(teacher) == 1:
+            results = {".": run(teacher[0], host, hook[0], text, out, **how)}
+        else:
+            hooks = hook * len(teacher) if len(hook) == 1 else hook
+            results = upgrade_all(list(zip(teacher, hooks, strict=True)), host, text, out, **how)
     if not mesh.ranks.is_main:
         return
-    for warning in json.loads((out / "preflight.json").read_text())["warnings"]:
-        print(f"rsae: warning: {warning}", file=sys.stderr)
-    _print_table(metrics, title="RSAE against its equal-compute control")
+    for name, metrics in results.items():
+        for warning in json.loads((out / name / "preflight.json").read_text())["warnings"]:
+            print(f"rsae: warning: {warning}", file=sys.stderr)
+        _print_table(metrics, title=f"{'' if name == '.' else name + ': '}RSAE against its equal-compute control")
     print(f"report: {out / 'report.html'}")
 
 
@@ -289,10 +309,7 @@ def finetune(
             chosen["lr"] = lr
         loaded, data, check = load_teacher(sae), ActivationStore.open(acts), ActivationStore.open(held_out)
         mesh = Mesh.of(latent_shards)
-        run(
-            loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out,
-            progress=progress if mesh.ranks.is_main else None, mesh=mesh,
-        )  # fmt: skip
+        run(loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out, progress=progress, mesh=mesh)
     if mesh.ranks.is_main:
         print(f"fine-tuned: {out}")
 

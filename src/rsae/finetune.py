@@ -376,7 +376,7 @@ class ThresholdTrainee(SparseTrainee):
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
         self.surrogate = config.surrogate
         if gate is None:
-            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0)
+            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0, crowding=0.0)
         if config.objective == "l0":
             self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active

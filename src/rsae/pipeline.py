@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -18,7 +19,7 @@ from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_
 from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs
 from rsae.finetune import FinetuneConfig, check_mesh, check_trainable, finetune
-from rsae.harvest import ActivationStore, harvest
+from rsae.harvest import ActivationStore, harvest_all
 from rsae.hosts import Host, load_host
 from rsae.identity import identity as compare_latents
 from rsae.mesh import ALONE, Mesh
@@ -27,7 +28,7 @@ from rsae.pretrain import Family, pretrain
 from rsae.rational import Support
 from rsae.report import write_report
 from rsae.sae import RationalSAE, save_sae
-from rsae.teachers import load_teacher
+from rsae.teachers import Teacher, load_teacher
 from rsae.text import Contexts, Split, evaluation_contexts
 
 if TYPE_CHECKING:
@@ -80,26 +81,27 @@ class Data:
         cls, host: Host, hook: str, text: str, folder: Path, config: UpgradeConfig, progress: Progress | None
     ) -> Data:
         """Harvest, or open what has been harvested already."""
-        hook = host.hook_point(hook).name
+        return cls.gather_all(host, {hook: folder}, text, config, progress)[hook]
 
-        def store(split: Split, n_tokens: int) -> ActivationStore:
-            length = config.context_length
-            return harvest(
-                host,
-                hook,
-                text,
-                folder / split,
-                n_tokens=n_tokens,
-                split=split,
-                context_length=length,
-                progress=progress,
-            )
+    @classmethod
+    def gather_all(
+        cls, host: Host, folders: Mapping[str, Path], text: str, config: UpgradeConfig, progress: Progress | None
+    ) -> dict[str, Data]:
+        """The data of several hooks (hook -> folder), for which the host runs once."""
 
-        train, validation = store("train", config.train_tokens), store("validation", config.validation_tokens)
+        def stores(split: Split, n_tokens: int) -> dict[str, ActivationStore]:
+            return harvest_all(
+                host, {hook: folder / split for hook, folder in folders.items()}, text, n_tokens=n_tokens, split=split,
+                context_length=config.context_length, progress=progress,
+            )  # fmt: skip
+
+        train, validation = stores("train", config.train_tokens), stores("validation", config.validation_tokens)
         evaluation = evaluation_contexts(
             host.tokenizer, text, n_tokens=config.evaluation_tokens, context_length=config.context_length
         )
-        return cls(host, hook, train, validation, evaluation)
+        return {
+            hook: cls(host, host.hook_point(hook).name, train[hook], validation[hook], evaluation) for hook in folders
+        }
 
 
 def upgrade(
@@ -141,6 +143,74 @@ def upgrade(
             `trust` is not set; `out` holds another run.
     """
     config, out = config or UpgradeConfig(), Path(out)
+    job = _Upgrade(_upgradable(teacher, config, mesh, out), host, hook, text, out, config, mesh, command)
+    if not job.ledger.done:
+        data = job.train(_load_host(host, progress, mesh), out / "acts", trust, progress)
+        if not mesh.ranks.is_main:
+            return {}
+        job.measure(data, progress)
+    return read_json(out / "metrics.json")
+
+
+def upgrade_all(
+    teachers: Sequence[tuple[str | Path, str]],
+    host: str,
+    text: str,
+    out: str | Path,
+    *,
+    config: UpgradeConfig | None = None,
+    trust: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+    mesh: Mesh = ALONE,
+) -> dict[str, dict[str, Any]]:
+    """`upgrade` for several teachers of one host: the activations of all hooks are harvested in one pass.
+
+    Leaves for each teacher a run folder, out/NUMBER-NAME, the activations in out/acts/HOOK, and one page about all, out/report.html.
+
+    Args:
+        teachers: (teacher, hook) of each.
+
+    Returns:
+        metrics.json by the name of the run folder; on other ranks than the first, nothing.
+
+    Raises:
+        ValueError: what `upgrade` refuses, of any of them, before anything is written.
+    """
+    config, out = config or UpgradeConfig(), Path(out)
+    if not teachers:
+        raise ValueError("no teacher to upgrade")
+    named = {
+        f"{i}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(teacher).name)}": (teacher, hook)
+        for i, (teacher, hook) in enumerate(teachers, 1)
+    }
+    loaded = {name: _upgradable(teacher, config, mesh, out / name) for name, (teacher, _) in named.items()}
+    prints, hooks = [teacher.fingerprint for teacher in loaded.values()], [hook for _, hook in teachers]
+    identity = {"teachers": prints, "hooks": hooks, "host": host, "text": text, "config": asdict(config)}
+    ledger = Ledger.open(out, identity, command, mesh=mesh)
+    if not ledger.done:
+        model = _load_host(host, progress, mesh)
+        acts = {hook: out / "acts" / model.hook_point(hook).name for hook in hooks}
+        with ledger.clock("harvest"):
+            Data.gather_all(model, acts, text, config, progress)
+        jobs = {
+            name: _Upgrade(loaded[name], host, hook, text, out / name, config, mesh, command)
+            for name, (_, hook) in named.items()
+        }
+        left = {name: job for name, job in jobs.items() if not job.ledger.done}
+        # All are trained before any is measured: the other ranks are then free
+        data = {name: job.train(model, acts[job.hook], trust, progress) for name, job in left.items()}
+        if not mesh.ranks.is_main:
+            return {}
+        for name, job in left.items():
+            job.measure(data[name], progress)
+        write_report([out / name for name in named], out / "report.html")
+        ledger.finish()
+    return {name: read_json(out / name / "metrics.json") for name in named}
+
+
+def _upgradable(teacher: str | Path, config: UpgradeConfig, mesh: Mesh, out: Path) -> Teacher:
+    """The teacher, loaded, if it is one that `upgrade` takes."""
     loaded = load_teacher(teacher)
     check_trainable(loaded.sae)
     if config.recipe == "paper" and isinstance(loaded.sae, RationalSAE):
@@ -152,45 +222,64 @@ def upgrade(
             f"{teacher} is an RSAE with dense support, which has no sparsity to match: train it on with `rsae finetune "
             "--objective l1 --penalty LAMBDA`, or upgrade its teacher"
         )
-    identity = {"teacher": loaded.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
     check_mesh(loaded.sae, config.finetune, mesh, out)
-    ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",), mesh=mesh)
-    if ledger.done:
-        return read_json(out / "metrics.json")
-    with mesh.ranks.main_first():  # which makes what a packaged host is read from
-        model = _load_host(host, progress)
-    if "inspect" not in ledger.seconds:
-        with ledger.clock("inspect"):
-            found = mesh.once(
-                lambda: preflight(
-                    loaded, model, hook, text, context_length=config.context_length,
-                    out=out / "preflight.json", progress=progress,
-                )
-            )  # fmt: skip
-            if found["verdict"] == "contradicted" and not trust:
-                raise ValueError(
-                    f"{teacher} does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say --trust "
-                    "to go on as it is declared (rsae inspect shows all of it)"
-                )
-        ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
-    with ledger.clock("harvest"):
-        data = Data.gather(model, hook, text, out / "acts", config, progress)
-    arms = train_arms(out, loaded.sae, data, config, ledger, progress, mesh)
-    if not mesh.ranks.is_main:
-        return {}
-    with ledger.clock("evaluate"):
-        eps, measured = {}, arms
-        if config.recipe == "paper":
-            eps = counting_thresholds(arms, data)
-            measured = {**arms, "rsae_dense": arms["rsae"]}
-        (metrics,) = evaluate_runs(
-            {out.name: measured}, model, data.hook, data.evaluation, store_stats=data.train.sink_rule,
-            ce_tokens=config.ce_tokens, eps=eps, config=ledger.identity | {"eps": eps}, progress=progress,
-        ).values()  # fmt: skip
-    _record(out, loaded.family, arms, metrics, data, config, ledger)
-    write_report([out], out / "report.html")
-    ledger.finish()
-    return metrics
+    return loaded
+
+
+class _Upgrade:
+    """The upgrade of one teacher: its run folder, and the two halves of the work."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        host: str,
+        hook: str,
+        text: str,
+        out: Path,
+        config: UpgradeConfig,
+        mesh: Mesh,
+        command: str | None,
+    ) -> None:
+        self.teacher, self.hook, self.text, self.out, self.config, self.mesh = teacher, hook, text, out, config, mesh
+        identity = {"teacher": teacher.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
+        self.ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",), mesh=mesh)
+
+    def train(self, host: Host, acts: Path, trust: bool, progress: Progress | None) -> Data:
+        """Inspect, harvest and fine-tune."""
+        if "inspect" not in self.ledger.seconds:
+            with self.ledger.clock("inspect"):
+                found = self.mesh.once(
+                    lambda: preflight(
+                        self.teacher, host, self.hook, self.text, context_length=self.config.context_length,
+                        out=self.out / "preflight.json", progress=progress,
+                    )
+                )  # fmt: skip
+                if found["verdict"] == "contradicted" and not trust:
+                    raise ValueError(
+                        f"the teacher does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say "
+                        f"--trust to go on as it is declared ({self.out / 'preflight.json'} has all of it)"
+                    )
+            self.ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
+        with self.ledger.clock("harvest"):
+            data = Data.gather(host, self.hook, self.text, acts, self.config, progress)
+        train_arms(self.out, self.teacher.sae, data, self.config, self.ledger, progress, self.mesh)
+        return data
+
+    def measure(self, data: Data, progress: Progress | None) -> None:
+        """Compare the arms that were trained, and write the page."""
+        arms = {arm: load_teacher(self.out / arm).sae for arm in ARMS}
+        with self.ledger.clock("evaluate"):
+            eps, measured = {}, arms
+            if self.config.recipe == "paper":
+                eps = counting_thresholds(arms, data)
+                measured = {**arms, "rsae_dense": arms["rsae"]}
+            (metrics,) = evaluate_runs(
+                {self.out.name: measured}, data.host, data.hook, data.evaluation, store_stats=data.train.sink_rule,
+                ce_tokens=self.config.ce_tokens, eps=eps, config=self.ledger.identity | {"eps": eps}, progress=progress,
+            ).values()  # fmt: skip
+        _record(self.out, self.teacher.family, arms, metrics, data, self.config, self.ledger)
+        write_report([self.out], self.out / "report.html")
+        self.ledger.finish()
 
 
 # The demo's sizes: what two cores do in a quarter of an hour, and no more than that
@@ -263,11 +352,12 @@ def demo(
     return results
 
 
-def _load_host(spec: str, progress: Progress | None) -> Host:
+def _load_host(spec: str, progress: Progress | None, mesh: Mesh = ALONE) -> Host:
     """`load_host`, which may take a minute, with a sign that it is at work."""
     if progress is not None:
         progress("load the model", 0, 1)
-    host = load_host(spec)
+    with mesh.ranks.main_first():  # which makes what a packaged host is read from
+        host = load_host(spec)
     if progress is not None:
         progress("load the model", 1, 1)
     return host
