@@ -62,7 +62,7 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 4e-4
     """Adam's learning rate of weights and biases."""
-    gate_lr: float = 3e-4
+    gate_lr: float = 1e-3
     """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""
@@ -376,7 +376,7 @@ class ThresholdTrainee(SparseTrainee):
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
         self.surrogate = config.surrogate
         if gate is None:
-            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0)
+            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0, crowding=0.0)
         if config.objective == "l0":
             self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
