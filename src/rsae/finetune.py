@@ -62,7 +62,7 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 4e-4
     """Adam's learning rate of weights and biases."""
-    gate_lr: float = 3e-4
+    gate_lr: float = 1e-3
     """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""

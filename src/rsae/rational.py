@@ -216,14 +216,14 @@ class Surrogate:
     """How a gradient is got across the hard edge, where the true one is zero almost everywhere and a jump at the threshold."""
 
     kind: Literal["rectangle", "jump-corrected"] = "jump-corrected"
-    bandwidth: float = 0.8
+    bandwidth: float = 0.5
     """Width of the window about the threshold, in units of the threshold."""
     strength: float = 0.2
     """Share of the edge's gradient that goes to the pre-activation (all of it goes to the threshold)."""
     price: float | None = None
     """What an active latent costs, in units of the loss. None: the price at which the batch's signals sum to zero, so that
     the edge exchanges latents but does not change how many there are."""
-    crowding: float = 0.0
+    crowding: float = 10.0
     """How fast a latent's price rises with the share f of the samples on which it is active: price (1 + crowding f)."""
 
 
