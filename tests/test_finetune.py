@@ -39,11 +39,11 @@ class MemoryStore:
         self.x = 50 * (codes @ features + 0.3 + 0.01 * torch.randn(rows, D_IN, generator=generator))
         self.mean, self.d_in, self.fingerprint = self.x.mean(0), D_IN, f"memory-{rows}-{seed}"
 
-    def batches(self, batch_size, *, seed, start=0):
+    def batches(self, batch_size, *, seed, start=0, rank=0, world=1):
         step = start
         while True:
             generator = torch.Generator().manual_seed(1000 * seed + step)
-            yield self.x[torch.randint(len(self.x), (batch_size,), generator=generator)]
+            yield self.x[torch.randint(len(self.x), (batch_size,), generator=generator)].chunk(world)[rank]
             step += 1
 
     def iterate(self, batch_size):

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from launch import torchrun
 from sae_lens import SAE
 from tiny_host import save_text, save_tiny
 
 from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
 from rsae.hosts import load_host
-from rsae.pipeline import ARMS, UpgradeConfig, demo, evaluate_folder, upgrade
+from rsae.pipeline import ARMS, UpgradeConfig, demo, evaluate_folder, upgrade, upgrade_all
 from rsae.sae import RationalSAE
 
 HOOK = "blocks.1.hook_resid_post"
@@ -134,6 +135,51 @@ def test_upgrade_a_saelens_checkpoint_and_resume_after_a_kill(demo_run, host, te
     assert resumed["rsae"]["fvu"] == whole["rsae"]["fvu"]
     assert (tmp_path / "killed" / "report.html").exists()
     assert read_json(tmp_path / "killed" / "preflight.json")["fingerprint"]
+
+
+def test_several_teachers_share_one_harvest(demo_run, host, text, tmp_path):
+    early = "blocks.0.hook_resid_post"
+    teachers = [(demo_run[0] / family / "teacher", hook) for family, hook in (("topk", HOOK), ("jumprelu", early))]
+    out = tmp_path / "all"
+    results = upgrade_all(teachers, host, text, out, config=CONFIG, trust=True)
+    assert list(results) == ["1-teacher", "2-teacher"]
+    assert sorted(path.name for path in (out / "acts").iterdir()) == [early, HOOK]
+    assert not (out / "1-teacher" / "acts").exists()
+    assert (out / "report.html").exists()
+    alone = upgrade(teachers[1][0], host, early, text, tmp_path / "alone", config=CONFIG, trust=True)
+    assert results["2-teacher"]["rsae"] == alone["rsae"]
+    assert results["1-teacher"]["rsae"] != alone["rsae"]
+    calls = []
+    again = upgrade_all(
+        teachers, host, text, out, config=CONFIG, trust=True, progress=lambda *a: calls.append(a)
+    )
+    assert again == results
+    assert calls == []
+    with pytest.raises(ValueError, match="no teacher to upgrade"):
+        upgrade_all([], host, text, tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_ranks_upgrade_as_one_process_does(demo_run, host, text, tmp_path):
+    """Two shards of the latents; bfloat16 products round otherwise where their width differs, so nothing is exact."""
+    teacher = demo_run[0] / "topk" / "teacher"
+    code = f"""
+from test_pipeline import CONFIG, HOOK
+from rsae.mesh import Mesh
+from rsae.pipeline import upgrade
+arguments = {str(teacher)!r}, {host!r}, HOOK, {text!r}, {str(tmp_path / "ranks")!r}
+print(sorted(upgrade(*arguments, config=CONFIG, trust=True, mesh=Mesh.of(2))))
+"""
+    done = torchrun(tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "1").read_text() == "[]\n"  # the first rank measures
+    alone = upgrade(teacher, host, HOOK, text, tmp_path / "alone", config=CONFIG, trust=True)
+    together = read_json(tmp_path / "ranks" / "metrics.json")
+    for arm in ARMS:
+        assert together[arm]["fvu"] == pytest.approx(alone[arm]["fvu"], rel=5e-3), arm
+        assert together[arm]["l0"] == pytest.approx(alone[arm]["l0"], rel=5e-3), arm
+    assert read_json(tmp_path / "ranks" / "run.json")["done"]
+    assert (tmp_path / "ranks" / "report.html").exists()
 
 
 def test_an_rsae_continues(demo_run, host, text, tmp_path):

@@ -103,8 +103,10 @@ class Store(Protocol):
     mean: Float[Tensor, " d_in"]
     fingerprint: str
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Endless shuffled batches, the same for the same seed; `start` skips that many."""
+    def batches(
+        self, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Float[Tensor, "batch/world d_in"]]:
+        """Endless shuffled batches, the same for the same seed; `start` skips that many. Of each, the rank-th of `world` parts."""
         ...
 
     def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n d_in"], Any]]:
@@ -671,16 +673,19 @@ def _train(
     replicated = [
         p for name, p in trainee.named_parameters() if any(p is q for q in gate) and not is_per_latent(name, p)
     ]
+
+    def batches(start: int) -> Iterator[Tensor]:
+        share = {"rank": mesh.data.rank, "world": mesh.data.size}
+        return iter(data.batches(config.batch_size, seed=config.seed, start=start, **share))
+
     steers = config.objective == "matched-l0" and "thresholds" not in config.frozen
     first = folder.restore(trainee, optimizer) if folder is not None else 0
     if first == 0:
-        trainee.begin(trainee.inputs(mesh.share(next(iter(data.batches(config.batch_size, seed=config.seed))))))
+        trainee.begin(trainee.inputs(next(batches(0)).to(mesh.device)))
     mean = data.mean.to(mesh.device)
     sums, counted, began = torch.zeros(4, device=mesh.device), 0, time.perf_counter()
-    for step, raw in zip(
-        range(first, config.steps), data.batches(config.batch_size, seed=config.seed, start=first), strict=False
-    ):
-        raw = mesh.share(raw)
+    for step, raw in zip(range(first, config.steps), batches(first), strict=False):
+        raw = raw.to(mesh.device, non_blocking=True)
         x = trainee.inputs(raw)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config)

@@ -124,14 +124,6 @@ class Mesh(NamedTuple):
         top = values.detach().topk(min(k, values.shape[1]), dim=1).values
         return torch.cat(self.latents.gather(top), dim=1)
 
-    def share(self, rows: Tensor) -> Tensor:
-        """This rank's rows of a batch that all ranks have."""
-        if len(rows) % self.data.size:
-            raise ValueError(
-                f"a batch of {len(rows)} cannot be divided among {self.data.size} ranks: choose a batch size that can"
-            )
-        return rows.chunk(self.data.size)[self.data.rank]
-
     def sum_gradients(self, parameters: Iterable[nn.Parameter], replicated: Iterable[nn.Parameter]) -> None:
         """Mean over the ranks of other data; for those `replicated` among shards of the latents, after their sum over these."""
         for axis, of, divide in ((self.latents, replicated, 1), (self.data, parameters, self.data.size)):
