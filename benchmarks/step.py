@@ -22,6 +22,7 @@ from rsae import kernels
 from rsae.allocator import keep_pages
 from rsae.calibrate import calibrate
 from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, trainee_for
+from rsae.mesh import ALONE
 from rsae.sae import RationalSAE
 from rsae.sparse import pre_activations
 
@@ -31,18 +32,21 @@ D_IN, D_SAE, BATCH, L0 = 640, 5120, 2048, 32
 class Activations:
     """Sums of a few directions of a dictionary and noise: as on a real model, about twice L0 of the latents are near their edge."""
 
-    def __init__(self) -> None:
+    def __init__(self, d_in: int = D_IN, d_sae: int = D_SAE, l0: int = L0) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.directions = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
-        self.d_in, self.mean, self.fingerprint = D_IN, torch.zeros(D_IN), ""
+        self.directions = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        self.d_in, self.d_sae, self.l0, self.mean, self.fingerprint = d_in, d_sae, l0, torch.zeros(d_in), ""
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+    def batches(
+        self, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed + 1000 * start)
         while True:
-            chosen = torch.rand(batch_size, D_SAE, generator=generator).topk(L0, dim=1).indices
-            weights = 1 + 0.3 * torch.rand(batch_size, L0, generator=generator)
-            noise = 0.02 * torch.randn(batch_size, D_IN, generator=generator)
-            yield torch.zeros(batch_size, D_SAE).scatter_(1, chosen, weights) @ self.directions + noise
+            chosen = torch.randint(self.d_sae, (batch_size, self.l0), generator=generator)
+            weights = 1 + 0.3 * torch.rand(batch_size, self.l0, generator=generator)
+            noise = 0.02 * torch.randn(batch_size, self.d_in, generator=generator)
+            sums = torch.nn.functional.embedding_bag(chosen, self.directions, per_sample_weights=weights, mode="sum")
+            yield (sums + noise).chunk(world)[rank]
 
     def iterate(self, batch_size: int) -> Iterator[tuple[torch.Tensor, None]]:
         yield next(self.batches(batch_size, seed=1)), None
@@ -58,16 +62,17 @@ def median_ms(step: Callable[[], object], runs: int = 12, warmup: int = 3) -> fl
     return sorted(times[warmup:])[runs // 2]
 
 
-def ours(data: Activations, x: torch.Tensor) -> tuple[SparseTrainee, Callable[[], object]]:
+def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[SparseTrainee, Callable[[], object]]:
     """The step of `rsae.finetune` for an RSAE with hard support, made from a TopK that knows the dictionary."""
-    teacher = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=L0))
+    teacher = TopKSAE(TopKSAEConfig(d_in=data.d_in, d_sae=data.d_sae, k=data.l0))
     with torch.no_grad():
         teacher.W_dec.copy_(data.directions)
         teacher.W_enc.copy_(data.directions.T)
         teacher.b_enc.fill_(-0.22)  # so that the tail of the interference is as thin as a trained encoder's
     init = calibrate(RationalSAE.from_teacher(teacher), [x])
     config = FinetuneConfig()
-    trainee = trainee_for(_ready_to_train(init, data, config, L0), 1.0, config)
+    trainee = trainee_for(_ready_to_train(init, data, config, data.l0, ALONE), 1.0, config).to(device)
+    x = x.to(device)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -76,7 +81,7 @@ def ours(data: Activations, x: torch.Tensor) -> tuple[SparseTrainee, Callable[[]
         result.loss.backward()
         optimizer.step()
         trainee.constrain()
-        trainee.steer(result.l0.item(), L0)
+        trainee.steer(result.l0, data.l0)
 
     assert isinstance(trainee, SparseTrainee)
     return trainee, step
@@ -86,24 +91,24 @@ def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
     """The same step by what torch alone has."""
 
     def plain() -> None:
-        found, kernels.library = kernels.library, lambda: None
+        found, kernels.usable = kernels.usable, lambda *tensors, dtype=None: None
         try:
             step()
         finally:
-            kernels.library = found
+            kernels.usable = found
 
     return plain
 
 
-def saelens(x: torch.Tensor, autocast: bool) -> Callable[[], object]:
+def saelens(data: Activations, x: torch.Tensor, autocast: bool) -> Callable[[], object]:
     """SAELens' training step for TopK."""
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=L0))
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=data.d_in, d_sae=data.d_sae, k=data.l0, device=x.device.type))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
     given = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             loss = sae.training_forward_pass(given).loss
         loss.backward()
         optimizer.step()
@@ -111,9 +116,9 @@ def saelens(x: torch.Tensor, autocast: bool) -> Callable[[], object]:
     return step
 
 
-def floor(x: torch.Tensor) -> Callable[[], object]:
+def floor(x: torch.Tensor, d_sae: int = D_SAE) -> Callable[[], object]:
     """Encoder product, Adam over two matrices, one pass over the pre-activations."""
-    weights = [torch.nn.Parameter(torch.randn(D_SAE, D_IN)) for _ in range(2)]
+    weights = [torch.nn.Parameter(torch.randn(d_sae, x.shape[1])) for _ in range(2)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True)
@@ -137,8 +142,8 @@ def main() -> None:
     ms = {
         "rsae": median_ms(step),
         "rsae_plain": median_ms(without_kernels(step)),
-        "saelens_fp32": median_ms(saelens(x, autocast=False), runs=5, warmup=1),
-        "saelens_bf16": median_ms(saelens(x, autocast=True), runs=5, warmup=1),
+        "saelens_fp32": median_ms(saelens(data, x, autocast=False), runs=5, warmup=1),
+        "saelens_bf16": median_ms(saelens(data, x, autocast=True), runs=5, warmup=1),
         "floor": median_ms(floor(x)),
     }
     h = pre_activations(x - trainee.centre, trainee.W_enc, trainee.b_enc)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton reads it when it is first imported, which SAELens does
+    os.environ["TRITON_INTERPRET"] = "1"
 
 D_IN, D_SAE, K = 12, 40, 5
 

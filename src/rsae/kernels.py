@@ -1,6 +1,7 @@
-"""kernels.c, compiled once for this machine by its C compiler and called through ctypes; None where there is no compiler.
+"""What torch has no fused operation for, by the device of its tensors: kernels.c on a CPU, triton_kernels.py on a GPU.
 
-The threads are torch's own: a second pool would fight with it for the cores. Results do not depend on how many there are.
+kernels.c is compiled once for this machine by its C compiler and called through ctypes. The threads are torch's own: a second pool
+would fight with it for the cores. Results do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -28,6 +30,88 @@ BLOCK = 256
 """Elements of a block of the rational kernels, as in kernels.c."""
 
 
+class Kernels(Protocol):
+    """Functions over contiguous tensors of one device. n entries, their groups given by where each begins."""
+
+    def select(
+        self,
+        h: Float[Tensor, "batch d_sae"],
+        inverse: Float[Tensor, " d_sae"] | None,
+        *,
+        k: int | None,
+        alpha: float = 0.0,
+        share: float = 1.0,
+        smallest: float = 0.0,
+        exact: bool = False,
+    ) -> tuple[Float[Tensor, "batch 1"], Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """The entries with h * inverse > share * s^alpha, and s.
+
+        s is the midpoint of the k-th and the (k+1)-th largest h * inverse of a row, at least `smallest`; 1 without a k.
+        `exact`: the k largest of each row instead, k < d_sae, and of equal ones the first.
+
+        Returns:
+            s, and the entries in the order of the matrix: rows, latents, h.
+        """
+        ...
+
+    def sort_by_key(self, key: Int[Tensor, " n"], offsets: Int[Tensor, " keys"]) -> Int[Tensor, " n"]:
+        """The order that sorts by key, given where each key begins; those of a key as they come."""
+        ...
+
+    def sum_groups(
+        self,
+        offsets: Int[Tensor, " groups"],
+        order: Int[Tensor, " n"] | None,
+        index: Int[Tensor, " n"],
+        weights: Float[Tensor, " n"],
+        vectors: Float[Tensor, "m d"],
+    ) -> Float[Tensor, "groups d"]:
+        """For each group the sum of weight * vectors[index] over its entries; `order`: which those are, None: 0, 1, 2, ..."""
+        ...
+
+    def dots(
+        self,
+        rows: Int[Tensor, " n"],
+        row_offsets: Int[Tensor, " batch"],
+        latents: Int[Tensor, " n"],
+        a: Float[Tensor, "batch d"],
+        b: Float[Tensor, "d_sae d"],
+    ) -> Float[Tensor, " n"]:
+        """For each entry the inner product of a[row] and b[latent]."""
+        ...
+
+    def rational_forward(
+        self, h: Tensor, C_in: Tensor, C_out: Tensor, num: Tensor, den: Tensor, centre: float, scale: float
+    ) -> Tensor:
+        """phi(h) of `rsae.rational`, (n,) in the dtype of h; C_in and C_out are scalars or (n,), `den` has a constant term."""
+        ...
+
+    def rational_backward(
+        self,
+        h: Tensor,
+        grad: Tensor,
+        C_in: Tensor,
+        C_out: Tensor,
+        num: Tensor,
+        num_prime: Tensor,
+        den: Tensor,
+        den_prime: Tensor,
+        centre: float,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients in h, C_in, C_out, num and den; `_prime`: coefficients of the derivatives."""
+        ...
+
+
+def usable(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> Kernels | None:
+    """The kernels, if they take these tensors: contiguous, on the CPU of this `dtype`, on a GPU of any but float64."""
+    if not all(t.is_contiguous() for t in tensors):
+        return None
+    if all(t.device.type == "cpu" and t.dtype == dtype for t in tensors):
+        return library()
+    return gpu_library() if all(t.is_cuda and t.dtype != torch.float64 for t in tensors) else None
+
+
 @cache
 def library() -> Kernels | None:
     """The compiled kernels, from the cache or fresh; None, and one line in the log, where they cannot be made."""
@@ -35,19 +119,23 @@ def library() -> Kernels | None:
     if compiler is None or platform.system() == "Windows":
         return _without("no C compiler was found")
     try:
-        return Kernels(ctypes.CDLL(str(_compiled(compiler))))
+        return Compiled(ctypes.CDLL(str(_compiled(compiler))))
     except (OSError, subprocess.SubprocessError) as error:
         return _without(f"{compiler} failed: {getattr(error, 'stderr', '') or error}")
 
 
-def usable(*tensors: Tensor) -> Kernels | None:
-    """The kernels, if all of these are contiguous float32 tensors on the CPU."""
-    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-    return library() if fits else None
+@cache
+def gpu_library() -> Kernels | None:
+    """Triton's kernels; None, and one line in the log, without Triton."""
+    try:
+        from rsae import triton_kernels
+    except ImportError as error:
+        return _without(f"no Triton: {error}")
+    return triton_kernels
 
 
-class Kernels:
-    """The functions of kernels.c over tensors."""
+class Compiled:
+    """The functions of kernels.c over tensors: `Kernels`."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
@@ -55,6 +143,80 @@ class Kernels:
     def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
         """Call a function."""
         getattr(self._loaded, name)(*map(_passed, arguments))
+
+    def select(
+        self,
+        h: Tensor,
+        inverse: Tensor | None,
+        *,
+        k: int | None,
+        alpha: float = 0.0,
+        share: float = 1.0,
+        smallest: float = 0.0,
+        exact: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch, d_sae = h.shape
+        scale, edge, count = torch.empty(batch, 1), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+        self.call(
+            "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, scale, edge,
+            count,
+        )  # fmt: skip
+        offsets = count.cumsum(0) - count
+        n = int(count.sum())
+        latents, rows, values = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n)
+        self.call("fill_entries", batch, d_sae, h, inverse, int(exact), edge, offsets, count, latents, rows, values)
+        return scale, rows, latents, values
+
+    def sort_by_key(self, key: Tensor, offsets: Tensor) -> Tensor:
+        order = torch.empty_like(key)
+        self.call("sort_by_key", len(order), key, offsets.clone(), order)
+        return order
+
+    def sum_groups(
+        self, offsets: Tensor, order: Tensor | None, index: Tensor, weights: Tensor, vectors: Tensor
+    ) -> Tensor:
+        out = vectors.new_empty(len(offsets), vectors.shape[1])
+        self.call(
+            "sum_groups", len(out), out.shape[1], offsets, len(out), len(index), order, index, weights, vectors, out
+        )  # fmt: skip
+        return out
+
+    def dots(self, rows: Tensor, row_offsets: Tensor, latents: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        out = a.new_empty(len(rows))
+        self.call("dot_entries", len(a), a.shape[1], row_offsets, len(a), len(out), latents, a, b, out)
+        return out
+
+    def rational_forward(
+        self, h: Tensor, C_in: Tensor, C_out: Tensor, num: Tensor, den: Tensor, centre: float, scale: float
+    ) -> Tensor:
+        out = torch.empty_like(h)
+        self.call(
+            "rational_forward", -(-h.numel() // BLOCK), h.numel(), h, C_in, C_in.ndim, C_out, C_out.ndim, num, len(num), den,
+            len(den), centre, scale, out,
+        )  # fmt: skip
+        return out
+
+    def rational_backward(
+        self,
+        h: Tensor,
+        grad: Tensor,
+        C_in: Tensor,
+        C_out: Tensor,
+        num: Tensor,
+        num_prime: Tensor,
+        den: Tensor,
+        den_prime: Tensor,
+        centre: float,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        blocks = -(-h.numel() // BLOCK)
+        d_h, d_C_in, d_C_out = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
+        d_num, d_den = (torch.empty(blocks, len(c), dtype=torch.float64) for c in (num, den))
+        self.call(
+            "rational_backward", blocks, h.numel(), h, grad, C_in, C_in.ndim, C_out, C_out.ndim, num, num_prime, len(num), den,
+            den_prime, len(den), centre, scale, d_h, d_C_in, d_C_out, d_num, d_den,
+        )  # fmt: skip
+        return d_h, d_C_in.sum_to_size(C_in.shape), d_C_out.sum_to_size(C_out.shape), d_num.sum(0), d_den.sum(0)
 
 
 def _passed(argument: Tensor | int | float | None) -> Any:

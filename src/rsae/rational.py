@@ -63,13 +63,9 @@ class _Rational(torch.autograd.Function):
         ctx.centre, ctx.scale = centre, scale
         dtype = _working_dtype(h)
         num, den = num.to(dtype), _with_zero(den.to(dtype))
-        out = torch.empty_like(h)
         if (lib := _kernels(h, num, den, C_in, C_out)) is not None:
-            lib.call(
-                "rational_forward", -(-h.numel() // kernels.BLOCK), h.numel(), h, C_in, C_in.ndim, C_out, C_out.ndim,
-                num, len(num), den, len(den), centre, scale, out,
-            )  # fmt: skip
-            return out
+            return lib.rational_forward(h, C_in, C_out, num, den, centre, scale)
+        out = torch.empty_like(h)
         for h_i, C_in_i, C_out_i, out_i in _chunks(h, C_in, C_out, out):
             h_i, C_in_i, C_out_i = h_i.to(dtype), C_in_i.to(dtype), C_out_i.to(dtype)
             u = (h_i / C_in_i).clamp_(-1, 1).sub_(centre).div_(scale)
@@ -86,22 +82,10 @@ class _Rational(torch.autograd.Function):
         a, b = num.to(dtype), _with_zero(den.to(dtype))
         a_prime, b_prime = _derivative(a), _derivative(b)
         if (lib := _kernels(h, grad := grad.contiguous(), a, b, C_in, C_out)) is not None:
-            blocks = -(-h.numel() // kernels.BLOCK)
-            d_h, d_C_in, d_C_out = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
-            d_num, d_den = (torch.empty(blocks, len(c), dtype=torch.float64) for c in (a, b))
-            lib.call(
-                "rational_backward", blocks, h.numel(), h, grad, C_in, C_in.ndim, C_out, C_out.ndim, a, a_prime, len(a),
-                b, b_prime, len(b), ctx.centre, ctx.scale, d_h, d_C_in, d_C_out, d_num, d_den,
-            )  # fmt: skip
-            return (
-                d_h,
-                d_num.sum(0).to(num.dtype),
-                d_den.sum(0)[1:].to(den.dtype),
-                d_C_in.sum_to_size(C_in.shape),
-                d_C_out.sum_to_size(C_out.shape),
-                None,
-                None,
+            d_h, d_C_in, d_C_out, d_num, d_den = lib.rational_backward(
+                h, grad, C_in, C_out, a, a_prime, b, b_prime, ctx.centre, ctx.scale
             )
+            return d_h, d_num.to(num.dtype), d_den[1:].to(den.dtype), d_C_in, d_C_out, None, None
         d_num, d_den = torch.zeros_like(a), torch.zeros_like(b)
         d_h = torch.empty_like(h)
         d_C_in, d_C_out = torch.zeros_like(C_in, dtype=dtype), torch.zeros_like(C_out, dtype=dtype)
@@ -140,7 +124,7 @@ class _Rational(torch.autograd.Function):
 
 
 def _kernels(h: Tensor, *others: Tensor) -> kernels.Kernels | None:
-    """The compiled kernels, if they take these: a list of entries, with scales for all or for each."""
+    """The kernels, if they take these: a list of entries, with scales for all or for each."""
     C_in, C_out = others[-2:]
     fits = h.ndim == 1 and all(C.ndim == 0 or C.shape == h.shape for C in (C_in, C_out))
     return kernels.usable(h, *others) if fits else None
@@ -201,13 +185,13 @@ def rational(
         phi(h) in the dtype of h.
     """
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (h, num_coeffs, den_coeffs, C_in, C_out))
-    is_narrow = h.device.type == "cpu" and h.dtype != torch.float64
-    if learns and is_narrow and h.ndim > 1 and kernels.library() is not None:
-        # As a list of entries the compiled kernels take it, several times as fast; for that each has its own scales
-        entries = h.float().reshape(-1)
-        C_in, C_out = (C if C.ndim == 0 else C.float().expand(h.shape).reshape(-1) for C in (C_in, C_out))
-        listed = _Rational.apply(entries, num_coeffs, den_coeffs, C_in, C_out, centre, scale)
-        return listed.view(h.shape).to(h.dtype)  # type: ignore[union-attr]
+    if h.ndim > 1 and h.dtype != torch.float64 and (learns or h.is_cuda):
+        # As a list of entries the kernels take it, several times as fast; for that each has its own scales
+        entries = (h if h.is_cuda else h.float()).reshape(-1)
+        if kernels.usable(entries) is not None:
+            C_in, C_out = (C if C.ndim == 0 else C.float().expand(h.shape).reshape(-1) for C in (C_in, C_out))
+            listed = _Rational.apply(entries, num_coeffs, den_coeffs, C_in, C_out, centre, scale)
+            return listed.view(h.shape).to(h.dtype)  # type: ignore[union-attr]
     return _Rational.apply(h, num_coeffs, den_coeffs, C_in, C_out, centre, scale)  # type: ignore[return-value]
 
 

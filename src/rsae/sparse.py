@@ -4,7 +4,7 @@ A latent that is exactly 0 costs nothing in the decoder, in the loss or in any g
 gives the pre-activations, everything works on a list of entries: the active latents and those near enough to their edge to learn.
 
 Products over all latents run in bfloat16 with float32 accumulation; sums over entries in float32. What torch has no fused operation
-for is done by kernels.c where there is a C compiler, else by what torch has. Knows torch and the kernels.
+for is done by the kernels of the device (kernels.py), without them by what torch has. Knows torch and the kernels.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Entries:
             scale: s, if it is known: where h has some of the latents only.
         """
         inverse = None if threshold is None else threshold.float().reciprocal()
-        if scale is None and (lib := _kernels(h)) is not None:
-            scale, entries = _entries(lib, h, inverse, k or 0, alpha, share, exact=False)
-            return entries, None if k is None else scale
+        if scale is None and (lib := kernels.usable(h, dtype=torch.bfloat16)) is not None:
+            scale, *found = lib.select(h, inverse, k=k, alpha=alpha, share=share, smallest=SMALLEST)
+            return cls._found(h, *found), None if k is None else scale
         relative = h.float() if inverse is None else h.float() * inverse
         if k is None:
             return cls.of(relative > share), None
@@ -78,11 +78,15 @@ class Entries:
     @classmethod
     def largest(cls, h: Float[Tensor, "batch d_sae"], k: int) -> Entries:
         """The k largest of each row; of equal ones, any."""
-        if (lib := _kernels(h)) is not None and k < h.shape[1]:
-            return _entries(lib, h, None, k, 0.0, 1.0, exact=True)[1]
+        if (lib := kernels.usable(h, dtype=torch.bfloat16)) is not None and k < h.shape[1]:
+            return cls._found(h, *lib.select(h, None, k=k, exact=True)[1:])
         top = h.topk(k, dim=1, sorted=False).indices
         rows = torch.arange(len(h), device=h.device).repeat_interleave(k)
         return cls(rows, top.view(-1), (h.shape[0], h.shape[1]))
+
+    @classmethod
+    def _found(cls, h: Tensor, rows: Tensor, latents: Tensor, values: Tensor) -> Entries:
+        return cls(rows, latents, (h.shape[0], h.shape[1]), values)
 
     @cached_property
     def flat(self) -> Int[Tensor, " n"]:
@@ -98,16 +102,14 @@ class Entries:
     def by_latent(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " d_sae"]]:
         """The order that sorts the entries by latent, and where those of each latent begin in it."""
         offsets = _offsets(self.latents, self.shape[1])
-        if self.latents.device.type == "cpu" and (lib := kernels.library()) is not None:
-            order = torch.empty_like(self.latents)
-            lib.call("sort_by_key", len(order), self.latents, offsets.clone(), order)
-            return order, offsets
+        if (lib := kernels.usable(self.latents, dtype=torch.int64)) is not None:
+            return lib.sort_by_key(self.latents, offsets), offsets
         return self.latents.argsort(stable=True), offsets
 
     def sum_by_row(self, weights: Float[Tensor, " n"], vectors: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
         """For each row: the sum over its entries of weight * vectors[latent]."""
         if (lib := kernels.usable(weights, vectors)) is not None:
-            return _sums(lib, self.row_offsets, None, self.latents, weights, vectors)
+            return lib.sum_groups(self.row_offsets, None, self.latents, weights, vectors)
         return F.embedding_bag(self.latents, vectors, self.row_offsets, mode="sum", per_sample_weights=weights)
 
     def sum_by_latent(
@@ -116,56 +118,20 @@ class Entries:
         """For each latent: the sum over its entries of weight * vectors[row]."""
         order, offsets = self.by_latent
         if (lib := kernels.usable(weights, vectors)) is not None:
-            return _sums(lib, offsets, order, self.rows, weights, vectors)
+            return lib.sum_groups(offsets, order, self.rows, weights, vectors)
         return F.embedding_bag(self.rows[order], vectors, offsets, mode="sum", per_sample_weights=weights[order])
 
     def dots(self, a: Float[Tensor, "batch d"], b: Float[Tensor, "d_sae d"]) -> Float[Tensor, " n"]:
         """For each entry: the inner product of a[row] and b[latent]."""
         if (lib := kernels.usable(a, b)) is not None:
-            out = a.new_empty(len(self.rows))
-            lib.call(
-                "dot_entries", len(a), a.shape[1], self.row_offsets, len(a), len(out), self.latents, a, b, out
-            )  # fmt: skip
-            return out
+            return lib.dots(self.rows, self.row_offsets, self.latents, a, b)
         # One dense product and a gather: on processors with bfloat16 units it costs less than gathering both sides
         return F.linear(a.bfloat16(), b.bfloat16()).view(-1)[self.flat].float()
 
 
-def _kernels(h: Tensor) -> kernels.Kernels | None:
-    """The kernels, if they take these pre-activations."""
-    fits = h.dtype == torch.bfloat16 and h.device.type == "cpu" and h.is_contiguous()
-    return kernels.library() if fits else None
-
-
-def _entries(
-    lib: kernels.Kernels, h: Tensor, inverse: Tensor | None, k: int, alpha: float, share: float, *, exact: bool
-) -> tuple[Tensor, Entries]:
-    """s of each row, (batch, 1), and the entries that `count_entries` in kernels.c describes."""
-    batch, d_sae = h.shape
-    scale, edge, count = torch.empty(batch, 1), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
-    lib.call(
-        "count_entries", batch, d_sae, h, inverse, k, float(alpha), float(share), int(exact), SMALLEST, scale, edge, count
-    )  # fmt: skip
-    offsets = count.cumsum(0) - count
-    n = int(count.sum())
-    latents, rows, values = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n)
-    lib.call("fill_entries", batch, d_sae, h, inverse, int(exact), edge, offsets, count, latents, rows, values)
-    return scale, Entries(rows, latents, (batch, d_sae), values)
-
-
-def _sums(
-    lib: kernels.Kernels, offsets: Tensor, order: Tensor | None, index: Tensor, weights: Tensor, vectors: Tensor
-) -> Tensor:
-    """Weighted sums of the vectors of each group of entries, (groups, d)."""
-    out = vectors.new_empty(len(offsets), vectors.shape[1])
-    lib.call(
-        "sum_groups", len(out), out.shape[1], offsets, len(out), len(index), order, index, weights, vectors, out
-    )  # fmt: skip
-    return out
-
-
 def _offsets(index: Int[Tensor, " n"], bins: int) -> Int[Tensor, " bins"]:
-    counts = torch.bincount(index, minlength=bins)
+    # As torch.bincount, which would wait for a GPU to tell it the largest
+    counts = torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
     return counts.cumsum(0) - counts
 
 

@@ -1,0 +1,103 @@
+"""On a GPU: one fine-tuning step of ours beside SAELens' TopK training step, and the rational gate beside a copy, in one run.
+
+    python -m benchmarks.gpu [--json]
+
+The steps are those of benchmarks.step. The gate runs forward and backward on a dense matrix, with scalar scales; the copy moves as
+many bytes as that must: h read and phi(h) written, then h and the gradient read and the gradient of h written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmarks.step import L0, Activations, median_ms, ours, saelens, without_kernels
+
+from rsae.minimax import fit_gate
+from rsae.rational import rational
+
+D_IN, D_SAE, BATCH = 2304, 16384, 4096
+
+
+def finished(step: Callable[[], object]) -> Callable[[], object]:
+    """The step, waited for."""
+
+    def run() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def steps(data: Activations, x: torch.Tensor, device: str) -> dict[str, Callable[[], object]]:
+    """Training steps by name. `x` is on the CPU, where an SAE is made ready."""
+    _, step = ours(data, x, device)
+    x = x.to(device)
+    return {
+        "rsae": step,
+        "rsae_plain": without_kernels(step),
+        "saelens_fp32": saelens(data, x, autocast=False),
+        "saelens_bf16": saelens(data, x, autocast=True),
+    }
+
+
+def gates(batch: int, d_sae: int, device: str) -> dict[str, Callable[[], object]]:
+    """The gate, forward and backward, in two precisions, each with the copy of as many bytes."""
+    fit = fit_gate("jumprelu", (9, 8), theta=0.1, delta=0.005)
+    coeffs = [
+        torch.tensor(c, dtype=torch.float32, device=device).requires_grad_() for c in (fit.num_coeffs, fit.den_coeffs)
+    ]
+    scales = [torch.tensor(1.0, device=device, requires_grad=True) for _ in range(2)]
+    found: dict[str, Callable[[], object]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        h = torch.randn(batch, d_sae, device=device).to(dtype).requires_grad_()
+        grad = torch.randn_like(h)
+        source = torch.empty(5 * h.numel() // 2, dtype=dtype, device=device)
+        target = torch.empty_like(source)
+
+        def gate(h: torch.Tensor = h, grad: torch.Tensor = grad) -> None:
+            out = rational(h, *coeffs, *scales, fit.centre, fit.scale)
+            torch.autograd.grad(out, (h, *coeffs, *scales), grad)
+
+        def copy(source: torch.Tensor = source, target: torch.Tensor = target) -> None:
+            target.copy_(source)
+
+        name = str(dtype).removeprefix("torch.")
+        found |= {f"gate_{name}": gate, f"copy_{name}": copy}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    as_json = parser.parse_args().json
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu needs a GPU, and torch sees none; benchmarks.step is the same on a CPU")
+    data = Activations(D_IN, D_SAE)
+    found = {**steps(data, next(data.batches(BATCH, seed=0)), "cuda"), **gates(BATCH, D_SAE, "cuda")}
+    ms = {name: median_ms(finished(step)) for name, step in found.items()}
+    result: dict[str, Any] = {
+        "tokens_per_s": round(1e3 * BATCH / ms["rsae"]),
+        "vs_saelens_fp32": round(ms["saelens_fp32"] / ms["rsae"], 2),
+        "vs_saelens_bf16": round(ms["saelens_bf16"] / ms["rsae"], 2),
+        "vs_plain": round(ms["rsae_plain"] / ms["rsae"], 2),
+        "gate_vs_copy": {n: round(ms[f"gate_{n}"] / ms[f"copy_{n}"], 2) for n in ("float32", "bfloat16")},
+        "ms": {name: round(value, 3) for name, value in ms.items()},
+        "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"step of {BATCH} x {D_IN} -> {D_SAE}, L0 {L0}; gate on {BATCH} x {D_SAE}; {result['machine']}")
+    for name, value in ms.items():
+        print(f"  {name:<14}{value:>10.3f} ms")
+    for name in ("vs_saelens_fp32", "vs_saelens_bf16", "vs_plain", "gate_vs_copy"):
+        print(f"  {name}: {result[name]}")
+
+
+if __name__ == "__main__":
+    main()
