@@ -454,7 +454,8 @@ class RationalGate(nn.Module):
         threshold = self.sample_threshold(h)
         on = h > threshold
         if surrogate is not None:
-            return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature)
+            rate = on.to(h.dtype).view(-1, h.shape[-1]).mean(0)
+            return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature, rate)
         index = on.nonzero(as_tuple=True)
         values = self.amplitude(h[index], _at(self.C_in, index[-1]), _at(self.C_out, index[-1]))
         return torch.zeros_like(h).index_put(index, values)
