@@ -5,17 +5,20 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from launch import torchrun
 from safetensors.torch import load_file
 from tiny_host import save_tiny
 
 import rsae.harvest
-from rsae.harvest import ActivationStore, SinkRule, harvest
+from rsae.harvest import ActivationStore, SinkRule, harvest, harvest_all
 from rsae.hosts import Host, load_host
 from rsae.text import documents, pack
 
@@ -45,6 +48,11 @@ def make(host: Host, text: str, out: Path, n_tokens: int = 500, **more) -> Activ
 
 def folder_bytes(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.glob("shard-*"))}
+
+
+def meta_of(path: Path) -> dict:
+    """meta.json without what two runs may differ in."""
+    return {key: value for key, value in json.loads((path / "meta.json").read_text()).items() if key != "provenance"}
 
 
 def test_harvest_equals_a_direct_computation(host, text, tmp_path) -> None:
@@ -129,9 +137,183 @@ def test_killed_in_the_first_shard_it_starts_again(host, text, tmp_path, monkeyp
     assert make(host, text, tmp_path / "acts").n_tokens == 500
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_killed_outright_it_continues_to_the_same_bytes(host, text, tmp_path) -> None:
+    make(host, text, tmp_path / "whole")
+    code = f"""
+import os, signal, torch
+from rsae.harvest import harvest
+from rsae.hosts import load_host
+host = load_host({host.spec!r}, dtype=torch.float32, device="cpu")
+def kill(stage, done, total):
+    if done > 330:
+        os.kill(os.getpid(), signal.SIGKILL)
+harvest(host, {HOOK!r}, {text!r}, {str(tmp_path / "acts")!r}, n_tokens=500, progress=kill, **{SIZES})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -signal.SIGKILL
+    # of the three shards before the kill the last may still be on its way
+    assert 2 <= len(json.loads((tmp_path / "acts" / "meta.json").read_text())["shards"]) <= 3
+    make(host, text, tmp_path / "acts")
+    assert folder_bytes(tmp_path / "acts") == folder_bytes(tmp_path / "whole")
+    assert meta_of(tmp_path / "acts") == meta_of(tmp_path / "whole")
+
+
+def test_the_host_runs_while_a_shard_is_written(host, text, tmp_path, monkeypatch) -> None:
+    ran, write, run = threading.Semaphore(0), rsae.harvest.write_safetensors, Host.activations_at
+
+    def waiting(path, tensors, metadata=None):
+        if path.name == "shard-00001.safetensors":
+            while ran.acquire(blocking=False):  # what ran before
+                pass
+            assert ran.acquire(timeout=60)
+        write(path, tensors, metadata)
+
+    def counted(self, tokens, hooks):
+        ran.release()
+        return run(self, tokens, hooks)
+
+    monkeypatch.setattr(rsae.harvest, "write_safetensors", waiting)
+    monkeypatch.setattr(Host, "activations_at", counted)
+    assert make(host, text, tmp_path / "acts").n_tokens == 500
+
+
+# --- several hooks, several processes ---
+
+HOOKS = ("blocks.2.hook_resid_pre", "model.layers.0.mlp", "blocks.0.hook_resid_pre")
+
+
+def make_all(host: Host, text: str, out: Path, n_tokens: int = 500, **more) -> dict[str, ActivationStore]:
+    settings = {"sink_ratio": 1.2, **SIZES, **more}
+    return harvest_all(host, {hook: out / hook for hook in HOOKS}, text, n_tokens=n_tokens, **settings)
+
+
+def assert_same(there: Path, alone: Path) -> None:
+    for hook in HOOKS:
+        assert folder_bytes(there / hook) == folder_bytes(alone / hook)
+        assert meta_of(there / hook) == meta_of(alone / hook)
+
+
+@pytest.fixture(scope="module")
+def alone(host, text, tmp_path_factory) -> Path:
+    """Every hook harvested by itself, by one process."""
+    out = tmp_path_factory.mktemp("alone")
+    for hook in HOOKS:
+        harvest(host, hook, text, out / hook, n_tokens=500, sink_ratio=1.2, **SIZES)
+    return out
+
+
+def test_several_hooks_in_one_pass_are_those_of_several_passes(host, text, tmp_path, alone) -> None:
+    stores = make_all(host, text, tmp_path)
+    assert_same(tmp_path, alone)
+    assert [store.hook for store in stores.values()] == list(HOOKS)
+    lengths = {len(store.meta["shards"]) for store in stores.values()}
+    assert len(lengths) > 1  # each has its own sinks, and needs more or less text
+
+
+def test_stores_that_were_stopped_at_different_points_meet(host, text, tmp_path, alone, monkeypatch) -> None:
+    def stopper(rows: int):
+        def stop(stage: str, done: int, total: int) -> None:
+            if done > rows:
+                raise InterruptedError
+
+        return stop
+
+    for hook, rows in zip(HOOKS[:2], (380, 150), strict=True):
+        with pytest.raises(InterruptedError):
+            harvest(host, hook, text, tmp_path / hook, n_tokens=500, sink_ratio=1.2, progress=stopper(rows), **SIZES)
+    counts = [len(folder_bytes(tmp_path / hook)) for hook in HOOKS]
+    assert counts[0] > counts[1] > counts[2] == 0
+    asked: list[tuple[str, ...]] = []
+    run = Host.activations_at
+
+    def noted(self, tokens, hooks):
+        asked.append(tuple(hooks))
+        return run(self, tokens, hooks)
+
+    monkeypatch.setattr(Host, "activations_at", noted)
+    make_all(host, text, tmp_path)
+    assert_same(tmp_path, alone)
+    # no deeper than what is wanted: the first store has its first shards already
+    assert asked[: 4 * counts[1]] == [HOOKS[2:]] * (4 * counts[1])
+    assert asked[4 * counts[1]] == HOOKS[1:]
+    assert asked[4 * counts[0]] == HOOKS
+
+
+def test_hooks_need_folders_of_their_own(host, text, tmp_path) -> None:
+    for folders in ({}, dict.fromkeys(HOOKS, tmp_path / "acts")):
+        with pytest.raises(ValueError, match="each hook needs a folder of its own"):
+            harvest_all(host, folders, text, n_tokens=500)
+
+
+def ranks_code(host: Host, text: str, body: str) -> str:
+    return f"""
+import os, signal, torch
+from pathlib import Path
+from test_harvest import *
+host, text = load_host({host.spec!r}, dtype=torch.float32, device="cpu"), {text!r}
+{body}
+"""
+
+
+def test_two_ranks_write_what_one_does(host, text, tmp_path, alone) -> None:
+    """From nothing, to the end of the text, and on from what one process left; refusing what they cannot do."""
+    with pytest.warns(UserWarning, match="ended after"):
+        make_all(host, text, tmp_path / "all", n_tokens=10_000_000)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done > 200:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        make_all(host, text, tmp_path / "continued", progress=stop)
+    body = f"""
+out = Path({str(tmp_path)!r})
+make_all(host, text, out / "from-nothing")
+make_all(host, text, out / "continued")
+make_all(host, text, out / "to-the-end", n_tokens=10_000_000)
+if ranks.rank == 1:
+    make_all(host, text, out / "by-one", ranks=Ranks())
+for n_tokens in (128, 500 + ranks.rank):
+    try:
+        make_all(host, text, out / "refused", n_tokens=n_tokens)
+    except ValueError as error:
+        print(error)
+print((out / "refused").exists())
+"""
+    done = torchrun(tmp_path, ranks_code(host, text, body))
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "from-nothing", alone)
+    assert_same(tmp_path / "continued", alone)
+    assert_same(tmp_path / "by-one", alone)
+    assert_same(tmp_path / "to-the-end", tmp_path / "all")
+    for rank in "01":
+        few, differ, made = (tmp_path / rank).read_text().splitlines()
+        assert (
+            few == "128 tokens fill 1 of the shards of 128, and there are 2 ranks: start fewer, or make shards smaller"
+        )
+        assert differ.startswith("the ranks have different settings or stored shards (rank 0: ")
+        assert made == "False"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_dead_rank_ends_the_run_and_any_number_continues_it(host, text, tmp_path, alone) -> None:
+    body = f"""
+def kill(stage, done, total):
+    if ranks.rank == 1 and done > 300:
+        os.kill(os.getpid(), signal.SIGKILL)
+make_all(host, text, Path({str(tmp_path)!r}), progress=kill)
+"""
+    done = torchrun(tmp_path, ranks_code(host, text, body))
+    assert done.returncode != 0
+    left = [meta_of(tmp_path / hook) for hook in HOOKS]
+    assert not any(meta["complete"] for meta in left)
+    make_all(host, text, tmp_path)
+    assert_same(tmp_path, alone)
+
+
 def test_a_complete_harvest_is_returned_at_once(host, text, tmp_path, monkeypatch) -> None:
     first = make(host, text, tmp_path / "acts")
-    monkeypatch.setattr(Host, "activations", lambda *_: pytest.fail("ran the host again"))
+    monkeypatch.setattr(Host, "activations_at", lambda *_: pytest.fail("ran the host again"))
     monkeypatch.setattr(rsae.harvest, "pack", lambda *_, **__: pytest.fail("read the text again"))
     assert make(host, text, tmp_path / "acts").meta == first.meta
 
@@ -195,14 +377,14 @@ def test_a_text_that_ends_early_is_said(host, text, tmp_path) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_are_refused(host, text, tmp_path, monkeypatch, bad) -> None:
-    plain = Host.activations
+    plain = Host.activations_at
 
-    def broken(self, tokens, hook):
-        x = plain(self, tokens, hook)
-        x[0, 1, 2] = bad
-        return x
+    def broken(self, tokens, hooks):
+        found = plain(self, tokens, hooks)
+        found[HOOK][0, 1, 2] = bad
+        return found
 
-    monkeypatch.setattr(Host, "activations", broken)
+    monkeypatch.setattr(Host, "activations_at", broken)
     with pytest.raises(ValueError, match=rf"nan or inf in the activations of .* at {HOOK}, batch 0"):
         make(host, text, tmp_path / "acts")
 
@@ -311,6 +493,53 @@ def test_batches_can_be_kept(store) -> None:
 def test_bad_batch_size(store) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         next(store.batches(0, seed=0))
+    for batch_size, rank, world in ((64, 0, 3), (64, 2, 2), (64, -1, 2)):
+        with pytest.raises(ValueError, match=rf"batch_size {batch_size}, rank {rank} of {world}"):
+            next(store.batches(batch_size, seed=0, rank=rank, world=world))
+
+
+@pytest.mark.parametrize("buffer_tokens", [2**18, 300, 64])
+def test_ranks_share_each_batch(store, buffer_tokens) -> None:
+    """Batches of 72 run over the ends of groups and of epochs."""
+    more = {"batch_size": 72, "seed": 3, "start": 5, "buffer_tokens": buffer_tokens}
+    whole = take(store, 40, **more)
+    parts = [take(store, 40, rank=rank, world=3, **more) for rank in range(3)]
+    assert all(torch.equal(batch, torch.cat(shares)) for batch, *shares in zip(whole, *parts, strict=True))
+
+
+def test_the_next_group_is_read_while_one_is_drawn_from(store, monkeypatch) -> None:
+    read, groups = ActivationStore._read, threading.Semaphore(0)
+
+    def noted(*given) -> None:
+        read(*given)
+        groups.release()
+
+    monkeypatch.setattr(ActivationStore, "_read", noted)
+    batches = store.batches(10, seed=0, buffer_tokens=300)
+    next(batches)
+    assert groups.acquire(timeout=60)
+    assert groups.acquire(timeout=60)  # nobody asked for a second batch
+    assert not groups.acquire(timeout=0.2)  # and no third group is held
+    batches.close()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_closed_or_dropped_batches_leave_no_thread(store, dropped) -> None:
+    before = threading.active_count()
+    batches = store.batches(10, seed=0, buffer_tokens=300)
+    next(batches)
+    assert threading.active_count() == before + 1
+    if dropped:
+        del batches
+    else:
+        batches.close()
+    assert threading.active_count() == before
+
+
+def test_what_fails_in_the_thread_is_raised(store, monkeypatch) -> None:
+    monkeypatch.setattr(rsae.harvest, "safe_open", lambda *_: (_ for _ in ()).throw(OSError("unplugged")))
+    with pytest.raises(OSError, match="unplugged"):
+        next(store.batches(10, seed=0))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")

@@ -63,6 +63,40 @@ def test_the_forward_pass_stops_at_the_layer(hosts, tokens) -> None:
     assert hooks(host) == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_hooks_by_one_pass(hosts, tokens, kind) -> None:
+    host, layers = hosts[kind], LAYERS.get(kind, "model.layers")
+    module = {"gpt2": "mlp", "neox": "attention"}.get(kind, "self_attn")
+    hooks_ = ["blocks.1.hook_resid_post", f"{layers}.1", f"{layers}.0.{module}", "blocks.0.hook_resid_pre"]
+    before = hooks(host)
+    ran: list[int] = []
+    handles = [
+        layer.register_forward_hook(lambda *_, n=n: ran.append(n))  # type: ignore[misc]
+        for n, layer in enumerate(host.model.get_submodule(layers))
+    ]
+    found = host.activations_at(tokens, hooks_)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]  # once, and no further than the deepest
+    assert found.keys() == set(hooks_)
+    for hook in hooks_:
+        assert torch.equal(found[hook], host.activations(tokens, hook))
+    assert hooks(host) == before
+
+
+def _add_one(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    args[0].add_(1)
+
+
+def test_a_layer_that_works_in_place_does_not_reach_what_was_kept(hosts, tokens) -> None:
+    host = hosts["llama"]
+    before = host.activations(tokens, "blocks.0.hook_resid_post")
+    handle = host.model.model.layers[1].register_forward_pre_hook(_add_one)
+    found = host.activations_at(tokens, ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"])
+    handle.remove()
+    assert torch.equal(found["blocks.0.hook_resid_post"], before)
+
+
 def test_a_module_inside_a_layer_is_a_hook_too(hosts, tokens) -> None:
     host = hosts["llama"]
     states = host.model(tokens, output_hidden_states=True).hidden_states

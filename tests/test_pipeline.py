@@ -150,9 +150,7 @@ def test_several_teachers_share_one_harvest(demo_run, host, text, tmp_path):
     assert results["2-teacher"]["rsae"] == alone["rsae"]
     assert results["1-teacher"]["rsae"] != alone["rsae"]
     calls = []
-    again = upgrade_all(
-        teachers, host, text, out, config=CONFIG, trust=True, progress=lambda *a: calls.append(a)
-    )
+    again = upgrade_all(teachers, host, text, out, config=CONFIG, trust=True, progress=lambda *a: calls.append(a))
     assert again == results
     assert calls == []
     with pytest.raises(ValueError, match="no teacher to upgrade"):

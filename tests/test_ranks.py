@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launch import torchrun
 
 from rsae.ranks import Ranks
-
-HEAD = "import sys\nfrom rsae.ranks import Ranks\nranks = Ranks.current()\n"
-
-
-def torchrun(folder: Path, code: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run code in `ranks` processes; what they say stands in folder/RANK."""
-    script = folder / "script.py"
-    script.write_text(HEAD + f"sys.stdout = open(r'{folder}/' + str(ranks.rank), 'w', buffering=1)\n" + code)
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=120, check=False, env=environment
-    )
 
 
 def test_alone_nothing_waits() -> None:

@@ -120,8 +120,8 @@ def upgrade(
         list[str],
         typer.Option(
             "--hook",
-            help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path); for several teachers once, or once for "
-            "each in their order.",
+            help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path); once for several teachers, or "
+            "for each in their order.",
         ),
     ],
     text: Text,
@@ -207,22 +207,38 @@ def inspect(
 @app.command()
 def harvest(
     host: Host,
-    hook: Hook,
+    hook: Annotated[
+        list[str],
+        typer.Option(
+            "--hook",
+            help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path). Repeat it for more in one pass: "
+            "each then gets a folder of its name in --out.",
+        ),
+    ],
     text: Text,
     out: Out,
     tokens: Annotated[int, typer.Option(help="How many activations to store.")] = 1_000_000,
     split: Annotated[Literal["train", "validation", "evaluation"], typer.Option(help="Which documents.")] = "train",
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 256,
 ) -> None:
-    """Store a language model's activations over a text, as shards that the other stages read."""
-    with progress_shown() as progress:
-        from rsae.harvest import harvest as run
-        from rsae.hosts import load_host
+    """Store a language model's activations over a text, as shards that the other stages read.
 
+    With several GPUs or machines: `torchrun --nproc-per-node 8 -m rsae harvest ...` writes the same shards.
+    """
+    with progress_shown() as progress:
+        from rsae.harvest import harvest_all
+        from rsae.hosts import load_host
+        from rsae.ranks import Ranks
+
+        ranks = Ranks.current()
+        with ranks.main_first():  # which converts a packaged model
+            loaded = load_host(host)
+        folders = {name: out / name for name in hook} if len(hook) > 1 else {hook[0]: out}
         sizes = {"n_tokens": tokens, "context_length": context_length}
-        store = run(load_host(host), hook, text, out, split=split, progress=progress, **sizes)
-    left_out = ", ".join(f"{name} {share:.2%}" for name, share in store.meta["excluded"].items())
-    print(f"{store.n_tokens} activations of width {store.d_in} in {out} (left out: {left_out})")
+        stores = harvest_all(loaded, folders, text, split=split, progress=progress, **sizes)
+    for store in stores.values() if ranks.is_main else ():
+        left_out = ", ".join(f"{name} {share:.2%}" for name, share in store.meta["excluded"].items())
+        print(f"{store.n_tokens} activations of width {store.d_in} in {store.path} (left out: {left_out})")
 
 
 @app.command()
@@ -441,6 +457,9 @@ def progress_shown() -> Iterator[Any]:
     )
 
     _quiet()
+    if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first one speaks
+        yield lambda *_: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import count, cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Event
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +21,11 @@ from torch import Tensor
 from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
 from rsae.hosts import Host
+from rsae.ranks import Ranks
 from rsae.text import PACKING_RULE, Context, Split, documents, pack, text_fingerprint, too_short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXCLUSION_RULE = (
     "excluded: BOS; the tokenizer's special tokens; sinks, that is tokens whose activation is further from the mean "
@@ -83,40 +90,42 @@ class ActivationStore:
         return cls(path, meta)
 
     def batches(
-        self, batch_size: int, *, seed: int, start: int = 0, buffer_tokens: int = 2**18
-    ) -> Iterator[Float[Tensor, "batch_size d_in"]]:
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        buffer_tokens: int = 2**18,
+    ) -> Iterator[Float[Tensor, "batch_size/world d_in"]]:
         """Endless shuffled float32 batches; every epoch is a new permutation, fixed by (seed, epoch).
 
-        Blocks of consecutive tokens are dealt at random into groups of at most `buffer_tokens`; a group is held in bf16
-        and its tokens are drawn in random order. Batches run on across groups and epochs; `start=k` begins with what
-        would be batch k, reading no other group.
+        Blocks of consecutive tokens are dealt at random into groups of at most `buffer_tokens`, whose tokens are drawn in
+        random order. Batches run on across groups and epochs; `start=k` begins with what would be batch k, reading no
+        other group. Rank r of `world` gets the r-th of `world` equal parts of every batch, and holds no other rows.
+
+        While a group is drawn from, a thread reads the next: memory is two groups in bf16, 4 buffer_tokens d_in / world
+        bytes. The thread ends when the iterator is closed or dropped.
         """
         if batch_size < 1 or self.n_tokens < 1:
             raise ValueError(
                 f"batch_size must be at least 1 and the store not empty: {batch_size}, {self.n_tokens} tokens"
             )
-        epoch, skip = divmod(start * batch_size, self.n_tokens)
-        blocks = self._blocks(max(1, min(8192, buffer_tokens // 8)))
-        buffer = torch.empty(min(buffer_tokens, self.n_tokens), self.d_in, dtype=torch.bfloat16)
-        batch, filled = torch.empty(batch_size, self.d_in), 0
-        while True:
-            rng = np.random.default_rng([seed, epoch])
-            for group in _groups([blocks[i] for i in rng.permutation(len(blocks))], len(buffer)):
-                rows = sum(stop - first for _, first, stop in group)
-                order = torch.from_numpy(rng.permutation(rows))  # drawn even if skipped: keeps the stream in step
-                if skip >= rows:
-                    skip -= rows
-                    continue
-                self._read(group, buffer)
-                order, skip = order[skip:], 0
-                while len(order):
-                    take, order = order[: batch_size - filled], order[batch_size - filled :]
-                    batch[filled : filled + len(take)] = buffer[take]
+        share = share_of(batch_size, rank, world)
+        batch, filled, closed = torch.empty(share, self.d_in), 0, Event()
+        groups = self._drawn(batch_size, seed, start, rank, share, buffer_tokens, closed)
+        try:
+            for rows in ahead(groups):
+                while len(rows):
+                    take, rows = rows[: share - filled], rows[share - filled :]
+                    batch[filled : filled + len(take)] = take
                     filled += len(take)
-                    if filled == batch_size:
+                    if filled == share:
                         yield batch
-                        batch, filled = torch.empty(batch_size, self.d_in), 0
-            epoch += 1
+                        batch, filled = torch.empty(share, self.d_in), 0
+        finally:
+            closed.set()
 
     def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n d_in"], Int[Tensor, " n"]]]:
         """Once through in stored order, `batch_size` rows at a time: (activations float32, document numbers)."""
@@ -135,19 +144,55 @@ class ActivationStore:
             for first in range(0, shard["rows"], size)
         ]
 
-    def _read(self, group: list[tuple[str, int, int]], buffer: Tensor) -> None:
+    def _drawn(
+        self, batch_size: int, seed: int, start: int, rank: int, share: int, buffer_tokens: int, closed: Event
+    ) -> Iterator[Float[Tensor, "n d_in"]]:
+        """The rows of each group that are this rank's, bf16, as they are drawn; each is overwritten by the next but one."""
+        epoch, skip = divmod(start * batch_size, self.n_tokens)
+        blocks = self._blocks(max(1, min(8192, buffer_tokens // 8)))
+        limit = min(buffer_tokens, self.n_tokens)
+        held = min(limit, (limit // batch_size + 1) * share)
+        # NumPy gathers rows in this one thread; torch would set several against the step that is being computed.
+        buffers = cycle([np.empty((held, self.d_in), np.int16) for _ in range(2)])
+        drawn = 0
+        while True:
+            rng = np.random.default_rng([seed, epoch])
+            for group in _groups([blocks[i] for i in rng.permutation(len(blocks))], limit):
+                rows = sum(stop - first for _, first, stop in group)
+                order = rng.permutation(rows)  # drawn even if skipped: keeps the stream in step
+                if skip >= rows:
+                    skip -= rows
+                    continue
+                order, skip = order[skip:], 0
+                mine = order[(drawn + np.arange(len(order))) % batch_size // share == rank]
+                drawn += len(order)
+                buffer = next(buffers)[: len(mine)]
+                self._read(group, mine, buffer, closed)
+                yield torch.from_numpy(buffer).view(torch.bfloat16)
+            epoch += 1
+
+    def _read(self, group: list[tuple[str, int, int]], rows: np.ndarray, buffer: np.ndarray, closed: Event) -> None:
+        """Fill `buffer` with these rows of a group, as bits; `closed` stops it."""
         at = 0
         for name, first, stop in group:
+            if closed.is_set():
+                return
+            here = np.flatnonzero((rows >= at) & (rows < at + stop - first))
             with safe_open(self.path / name, "pt") as file:
-                buffer[at : at + stop - first] = file.get_slice("activations")[first:stop]
+                block = file.get_slice("activations")[first:stop].view(torch.int16).numpy()
+            buffer[here] = block[rows[here] - at]
             at += stop - first
 
 
-def harvest(
+def harvest(host: Host, hook: str, text: str, out: Path, **settings: Any) -> ActivationStore:
+    """Store the activations of `host` at one hook; `settings` (n_tokens at least) and errors are those of `harvest_all`."""
+    return harvest_all(host, {hook: out}, text, **settings)[hook]
+
+
+def harvest_all(
     host: Host,
-    hook: str,
+    hooks: Mapping[str, Path],
     text: str,
-    out: Path,
     *,
     n_tokens: int,
     split: Split = "train",
@@ -156,30 +201,50 @@ def harvest(
     shard_tokens: int = 65536,
     sink_ratio: float = 3.0,
     progress: Progress | None = None,
-) -> ActivationStore:
-    """Store `n_tokens` activations of `host` at `hook` over a text (fewer, with a warning, if the text ends before).
+    ranks: Ranks | None = None,
+) -> dict[str, ActivationStore]:
+    """Store `n_tokens` activations of `host` at each hook over a text (fewer, with a warning, if the text ends before).
 
-    Writes out/meta.json and out/shard-NNNNN.safetensors with `activations` (n, d_in) bfloat16, `tokens` and `documents`
-    (n,) int32. Tokens are kept by `EXCLUSION_RULE`; the shares left out are in meta.json. A harvest that was stopped
-    continues after its last whole shard and ends with the same bytes; a finished one is verified and returned.
+    One forward pass serves all hooks. Each hook's folder gets meta.json and shard-NNNNN.safetensors with `activations`
+    (n, d_in) bfloat16, `tokens` and `documents` (n,) int32, the same bytes as if it were harvested alone. Tokens are kept
+    by `EXCLUSION_RULE`; the shares left out are in meta.json. A harvest that was stopped continues after the last whole
+    shard of each folder and ends with the same bytes; a finished one is verified and returned.
+
+    In several processes (`rsae.ranks`) all ranks call this, on a file system that they share. Each runs every world-th shard,
+    and shards count once each rank has written one. Every rank reads and tokenises the text. The bytes are those of one process
+    that computes with as many threads.
 
     Args:
+        hooks: hook -> folder.
         text, split: what `rsae.text.documents` reads.
         batch_size: contexts a forward pass.
         shard_tokens: about how many tokens a shard holds (whole batches of contexts, less what is excluded).
+        ranks: who takes part; None: every rank of the run. `Ranks()` is this process alone, whatever others do.
+
+    Returns: hook -> its store.
 
     Raises:
-        ValueError: unknown hook or text; text shorter than one context; nan or inf in the activations; `out` holds
-            another run or a damaged shard; no space left on the disk.
+        ValueError: unknown hook or text; text shorter than one context; nan or inf in the activations; a folder holds
+            another run or a damaged shard, or is named twice; no space left on the disk; more ranks than shards.
+        ConnectionError: another rank has died.
     """
-    out = Path(out)
+    ranks = Ranks.current() if ranks is None else ranks
+    folders = {hook: Path(out) for hook, out in hooks.items()}
+    if not folders or len({folder.resolve() for folder in folders.values()}) < len(folders):
+        raise ValueError(f"each hook needs a folder of its own, and there must be one at least: {folders}")
     if n_tokens < 1:
         raise ValueError(f"n_tokens must be at least 1, not {n_tokens}")
+    shard_batches, shards = division(n_tokens, context_length, batch_size, shard_tokens)
+    if ranks.world > shards:
+        raise ValueError(
+            f"{n_tokens} tokens fill {shards} of the shards of {shard_tokens}, and there are {ranks.world} ranks: start fewer, or "
+            "make shards smaller"
+        )
     config = {
         "host": host.spec,
         "host_fingerprint": host.fingerprint,
         "dtype": str(host.dtype).removeprefix("torch."),
-        "hook": host.hook_point(hook).name,
+        "hook": "",
         "text": text,
         "text_fingerprint": text_fingerprint(text),
         "split": split,
@@ -189,57 +254,231 @@ def harvest(
         "shard_tokens": shard_tokens,
         "sink_ratio": sink_ratio,
     }
-    meta = _resume(out, config)
-    if meta["complete"]:
-        return ActivationStore(out, meta)
-    done, shards = sum(shard["rows"] for shard in meta["shards"]), meta["shards"]
-    # A shard is a fixed number of whole batches, so that where to continue follows from the number of shards.
-    shard_batches = max(1, round(shard_tokens / (batch_size * context_length)))
-    counts: Counter[str] = Counter()
-    contexts = pack(documents(text, split=split), host.tokenizer, context_length, counts=counts)
-    batches = _batched(contexts, batch_size)
-    keep_pages()
-    number = sum(1 for _ in islice(batches, shard_batches * len(shards)))
-    rule = _sink_rule(meta) if shards else None
-    while done < n_tokens:
-        kept, excluded = [], Counter[str]()
-        # The first shard is run whole even for a smaller n_tokens: its statistics are the sink rule's.
-        for batch in islice(batches, shard_batches):
-            rows, left_out = _run(host, hook, batch, number)
-            number += 1
-            if rule is not None:
-                rows, sinks = _drop_sinks(rows, rule)
-                left_out["sink"] = sinks
-            kept.append(rows)
-            excluded.update(left_out)
-            collected = sum(len(r["documents"]) for r in kept)
-            if progress is not None:
-                progress("harvest", min(done + collected, n_tokens), n_tokens)
-            if done + collected >= n_tokens + (0 if rule else batch_size * context_length):
+    configs = {hook: config | {"hook": host.hook_point(hook).name} for hook in folders}
+    stores = {hook: _Filling(folder, configs[hook], ranks) for hook, folder in folders.items()}
+    found = {hook: [store.meta["config_hash"], store.first] for hook, store in stores.items()}
+    ranks.agree("settings or stored shards", config_hash(found))
+    todo = [store for store in stores.values() if not store.meta["complete"]]
+    if todo:
+        keep_pages()
+        batches = text_batches(text, split, host.tokenizer, context_length, batch_size)
+        with closing(ahead(batches, depth=8)) as batches:
+            _fill(host, todo, batches, shard_batches, ranks, progress)
+        if not all(store.done for store in todo):
+            raise ValueError(too_short(text, split, context_length))
+        for store in todo:
+            if store.done < n_tokens and ranks.is_main:
+                message = f"the {split} split of {text!r} ended after {store.done} of {n_tokens} tokens"
+                warnings.warn(message, stacklevel=2)
+    return {hook: ActivationStore(store.path, store.meta) for hook, store in stores.items()}
+
+
+def division(
+    n_tokens: int, context_length: int = 256, batch_size: int = 16, shard_tokens: int = 65536
+) -> tuple[int, int]:
+    """How many batches of contexts a shard is, and how many shards a harvest: the least, since tokens are left out.
+
+    A shard is a fixed number of whole batches, so that where to continue follows from the number of shards.
+    """
+    batches = max(1, round(shard_tokens / (batch_size * context_length)))
+    return batches, -(-n_tokens // (batches * batch_size * context_length))
+
+
+class Batch(NamedTuple):
+    """What a forward pass, or all those of a shard, gives a store."""
+
+    rows: dict[str, Tensor]
+    seen: Counter[str]
+    """Tokens, and by kind those left out."""
+    read: dict[str, int]
+    """How much of the text was read by then."""
+
+
+class _Filling:
+    """A store while it is filled. Every rank knows its meta.json, and holds the batches of the shard that it runs itself.
+
+    Attributes: first (shards that there were at the start), done (rows of the shards before those at work).
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], ranks: Ranks) -> None:
+        self.path, self.config = path, config
+        self.hook: str = config["hook"]
+        self.n_tokens: int = config["n_tokens"]
+        self.meta = _resume(path, config, ranks)
+        self.first = len(self.meta["shards"])
+        self.done: int = sum(shard["rows"] for shard in self.meta["shards"])
+        self.rule = _sink_rule(self.meta) if self.first else None
+        self.batches: list[Batch] = []
+
+    def add(self, batch: Batch) -> None:
+        """Append to the shard at work."""
+        self.batches.append(batch if self.rule is None else drop_sinks(batch, self.rule))
+
+    @property
+    def rows(self) -> int:
+        """Of the shard at work."""
+        return sum(len(batch.rows["documents"]) for batch in self.batches)
+
+    @property
+    def full(self) -> bool:
+        """Whether the shard at work needs no more batches. Before there is a sink rule, a batch more makes up for sinks."""
+        spare = 0 if self.rule is not None else self.config["batch_size"] * self.config["context_length"]
+        return self.done + self.rows >= self.n_tokens + spare
+
+    def fit(self) -> dict[str, Any] | None:
+        """Claim the folder, and fit the sink rule on the shard at work; None if that is empty."""
+        if not self.rows:
+            return None
+        self.save()
+        ratio = self.config["sink_ratio"]
+        rule = SinkRule.fit(torch.cat([batch.rows["activations"] for batch in self.batches]), ratio)
+        return {"mean": rule.mean.tolist(), "median_norm": rule.median_norm, "ratio": ratio}
+
+    def set_rule(self, sinks: dict[str, Any]) -> None:
+        """Take over what `fit` found, on this rank or another."""
+        self.meta |= {"sinks": sinks, "d_in": len(sinks["mean"])}
+        self.rule = rule = _sink_rule(self.meta)
+        self.batches = [drop_sinks(batch, rule) for batch in self.batches]
+
+    def take(self, before: int) -> Batch | None:
+        """The shard at work, up to `n_tokens` if `before` rows come before it; None if nothing is left of it."""
+        batches, self.batches = self.batches, []
+        used: list[Batch] = []
+        end = before
+        for batch in batches:
+            if end < self.n_tokens:
+                used.append(batch)
+                end += len(batch.rows["documents"])
+        if not used:
+            return None
+        seen = Counter[str]()
+        for batch in used:
+            seen.update(batch.seen)
+        rows = {name: torch.cat([batch.rows[name] for batch in used]) for name in used[0].rows}
+        return Batch({name: x[: self.n_tokens - before] for name, x in rows.items()}, seen, used[-1].read)
+
+    def write(self, number: int, shard: Batch) -> dict[str, Any]:
+        """Write a shard; its entry in meta.json."""
+        name = f"shard-{number:05d}.safetensors"
+        with _disk_may_be_full(self.path / name):
+            write_safetensors(self.path / name, shard.rows)
+            digest = sha256_file(self.path / name)
+        return {"file": name, "rows": len(shard.rows["documents"]), "sha256": digest, "seen": dict(shard.seen)}
+
+    def extend(self, shards: list[dict[str, Any]]) -> None:
+        """Note shards that are written."""
+        self.meta["shards"] += shards
+        total = Counter[str]()
+        for shard in self.meta["shards"]:
+            total.update(shard["seen"])
+        self.meta["excluded"] = {key: total[key] / total["tokens"] for key in ("bos", "special", "sink")}
+
+    def complete(self, read: dict[str, int]) -> None:
+        """Note that nothing will follow."""
+        self.meta |= {"complete": True, "text": dict(sorted(read.items()))}
+
+    def save(self) -> None:
+        """Write meta.json: a shard exists once that names it."""
+        with _disk_may_be_full(self.path / "meta.json"):
+            write_json(self.path / "meta.json", self.meta)
+
+
+def _fill(
+    host: Host,
+    stores: list[_Filling],
+    batches: Iterator[Numbered],
+    shard_batches: int,
+    ranks: Ranks,
+    progress: Progress | None,
+) -> None:
+    """Run shards, one a rank at a time, until every store has its tokens or the text ends. A thread writes the last ones."""
+    writing, apart = None, ranks.apart()
+    with ThreadPoolExecutor(1) as writer:
+        for first in count(min(store.first for store in stores), ranks.world):
+            shard = first + ranks.rank
+            wanting = [store for store in stores if store.first <= shard]
+            numbers = range(shard * shard_batches, (shard + 1) * shard_batches)
+            read = _run_shard(host, wanting, batches, numbers, ranks, progress)
+            _share_rules(stores, ranks)
+            everyone = ranks.gather(({store.hook: store.rows for store in wanting}, read))
+            read = next((read for _, read in everyone if read is not None), None)
+            shards = []
+            for store in stores:
+                rows = [held.get(store.hook, 0) for held, _ in everyone]
+                shards.append(store.take(store.done + sum(rows[: ranks.rank])))
+                store.done = min(store.done + sum(rows), store.n_tokens)
+            if not all(store.done for store in stores):
+                return  # the text is too short for one context
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(_write, stores, shards, shard, read, apart)
+            stores = [store for store in stores if store.done < store.n_tokens]
+            if read is not None or not stores:
                 break
-        if not kept:
-            break
-        rows = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
-        if rule is None:
-            rule = SinkRule.fit(rows["activations"], sink_ratio)
-            meta["sinks"] = {"mean": rule.mean.tolist(), "median_norm": rule.median_norm, "ratio": sink_ratio}
-            rows, excluded["sink"] = _drop_sinks(rows, rule)
-        rows = {name: tensor[: n_tokens - done] for name, tensor in rows.items()}
-        done += len(rows["documents"])
-        meta["d_in"] = rows["activations"].shape[1]
-        name = f"shard-{len(shards):05d}.safetensors"
-        _write(out, name, rows, meta, excluded)
-    if not shards:
-        raise ValueError(too_short(text, split, context_length))
-    if done < n_tokens:
-        warnings.warn(f"the {split} split of {text!r} ended after {done} of {n_tokens} tokens", stacklevel=2)
-    meta["complete"] = True
-    meta["text"] = {key: counts[key] for key in sorted(counts)}
-    write_json(out / "meta.json", meta)
-    return ActivationStore(out, meta)
+        assert writing is not None
+        writing.result()
+    ranks.barrier()  # every meta.json is there before any rank goes on
 
 
-def _resume(out: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _run_shard(
+    host: Host,
+    stores: list[_Filling],
+    batches: Iterator[Numbered],
+    numbers: range,
+    ranks: Ranks,
+    progress: Progress | None,
+) -> dict[str, int] | None:
+    """Run the batches of these numbers, or as many as the stores need; if the text ends before, how much it was."""
+    if not stores:
+        return None
+    for number, contexts, read in batches:
+        if not contexts:
+            return read
+        if number < numbers.start:
+            continue
+        for store, batch in zip(
+            stores, run_batch(host, [store.hook for store in stores], contexts, number), strict=True
+        ):
+            store.add(batch._replace(read=read))
+        if progress is not None:
+            n_tokens = stores[0].n_tokens
+            done = min(store.done + ranks.world * store.rows for store in stores)
+            progress("harvest", min(done, n_tokens), n_tokens)
+        if number + 1 == numbers.stop or all(store.full for store in stores):
+            return None
+    raise AssertionError("batches end with one that is empty")
+
+
+def _share_rules(stores: list[_Filling], ranks: Ranks) -> None:
+    """The sink rules that are not known yet, from the first shard, which rank 0 has."""
+    stores = [store for store in stores if store.rule is None]
+    if stores:
+        found = ranks.broadcast([store.fit() if ranks.is_main else None for store in stores])
+        for store, sinks in zip(stores, found, strict=True):
+            if sinks is not None:
+                store.set_rule(sinks)
+
+
+def _write(
+    stores: list[_Filling], shards: list[Batch | None], number: int, read: dict[str, int] | None, ranks: Ranks
+) -> None:
+    """Write this rank's shard of each store and, when every rank has, its meta.json; `read` if the text has ended."""
+    mine = [
+        None if shard is None else (store.write(number, shard), shard.read)
+        for store, shard in zip(stores, shards, strict=True)
+    ]
+    for store, *found in zip(stores, *ranks.gather(mine), strict=True):
+        written = [each for each in found if each is not None]
+        store.extend([entry for entry, _ in written])
+        if sum(shard["rows"] for shard in store.meta["shards"]) >= store.n_tokens:
+            store.complete(written[-1][1])
+        elif read is not None:
+            store.complete(read)
+        if ranks.is_main:
+            store.save()
+
+
+def _resume(out: Path, config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """The folder's meta.json if it is of the same run and undamaged, else a fresh one for an empty folder."""
     meta = read_json(out / "meta.json") if (out / "meta.json").exists() else None
     if meta and meta.get("shards"):
@@ -253,7 +492,7 @@ def _resume(out: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"{out} holds another run ({'; '.join(differs)}): choose another folder or delete that one"
             )
-        _verify(out, meta["shards"])
+        _verify(out, meta["shards"][ranks.rank :: ranks.world])
         return meta
     if not meta and out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise ValueError(f"{out} exists and holds no harvest: choose an empty or a new folder")
@@ -285,55 +524,56 @@ def _sink_rule(meta: dict[str, Any]) -> SinkRule:
     return SinkRule(torch.tensor(sinks["mean"]), sinks["median_norm"], sinks["ratio"])
 
 
-def _batched(contexts: Iterable[Context], size: int) -> Iterator[list[Context]]:
-    stream = iter(contexts)
-    while batch := list(islice(stream, size)):
-        yield batch
+Numbered = tuple[int, list[Context], dict[str, int]]
 
 
-def _run(host: Host, hook: str, batch: list[Context], number: int) -> tuple[dict[str, Tensor], Counter[str]]:
-    """Activations, tokens and documents of a batch without BOS and special tokens, and how many of these there were."""
-    tokens = torch.from_numpy(np.stack([context.tokens for context in batch]))
-    owners = torch.from_numpy(np.stack([context.document_ids for context in batch]))
-    x = host.activations(tokens, hook).flatten(0, 1).to("cpu", torch.bfloat16)
-    if not torch.isfinite(x).all():
-        raise ValueError(
-            f"nan or inf in the activations of {host.spec} at {hook}, batch {number}: load the host in float32"
-        )
-    tokens, owners = tokens.flatten(), owners.flatten()
-    bos = owners < 0
+def text_batches(
+    text: str, split: Split, tokenizer: PreTrainedTokenizerBase, context_length: int, size: int
+) -> Iterator[Numbered]:
+    """Numbered batches of contexts, each with how much of the text is read; an empty one ends them."""
+    counts: Counter[str] = Counter()
+    contexts = pack(documents(text, split=split), tokenizer, context_length, counts=counts)
+    for number in count():
+        batch = list(islice(contexts, size))
+        yield number, batch, dict(counts)
+        if not batch:
+            return
+
+
+def run_batch(host: Host, hooks: list[str], contexts: list[Context], number: int) -> list[Batch]:
+    """By hook, the activations of a batch with tokens and documents, all without BOS and special tokens."""
+    tokens = torch.from_numpy(np.stack([context.tokens for context in contexts]))
+    owners = torch.from_numpy(np.stack([context.document_ids for context in contexts])).flatten()
+    found = host.activations_at(tokens, hooks)
+    tokens, bos = tokens.flatten(), owners < 0
     special = torch.isin(tokens, torch.tensor(host.tokenizer.all_special_ids)) & ~bos
     keep = ~(bos | special)
-    rows = {"activations": x[keep], "tokens": tokens[keep].int(), "documents": owners[keep].int()}
-    return rows, Counter(tokens=len(tokens), bos=int(bos.sum()), special=int(special.sum()))
+    seen = Counter(tokens=len(tokens), bos=int(bos.sum()), special=int(special.sum()))
+    batches = []
+    for hook in hooks:
+        x = found.pop(hook).flatten(0, 1).to("cpu", torch.bfloat16)
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"nan or inf in the activations of {host.spec} at {hook}, batch {number}: load the host in float32"
+            )
+        rows = {"activations": x[keep], "tokens": tokens[keep].int(), "documents": owners[keep].int()}
+        batches.append(Batch(rows, seen, {}))
+    return batches
 
 
-def _drop_sinks(rows: dict[str, Tensor], rule: SinkRule) -> tuple[dict[str, Tensor], int]:
-    keep = torch.cat([~rule.is_sink(part) for part in rows["activations"].split(8192)])
-    return {name: tensor[keep] for name, tensor in rows.items()}, int((~keep).sum())
+def drop_sinks(batch: Batch, rule: SinkRule) -> Batch:
+    keep = ~rule.is_sink(batch.rows["activations"])
+    rows = {name: tensor[keep] for name, tensor in batch.rows.items()}
+    return batch._replace(rows=rows, seen=Counter({**batch.seen, "sink": int((~keep).sum())}))
 
 
-def _write(out: Path, name: str, rows: dict[str, Tensor], meta: dict[str, Any], excluded: Counter[str]) -> None:
-    """Write a shard, then meta.json with it: a shard exists once meta.json names it."""
+@contextmanager
+def _disk_may_be_full(path: Path) -> Iterator[None]:
     try:
-        if not meta["shards"]:
-            write_json(out / "meta.json", meta)  # claims the folder, should the first shard not be finished
-        write_safetensors(out / name, rows)
-        shard = {
-            "file": name,
-            "rows": len(rows["documents"]),
-            "sha256": sha256_file(out / name),
-            "seen": dict(excluded),
-        }
-        meta["shards"].append(shard)
-        total = Counter[str]()
-        for each in meta["shards"]:
-            total.update(each["seen"])
-        meta["excluded"] = {key: total[key] / total["tokens"] for key in ("bos", "special", "sink")}
-        write_json(out / "meta.json", meta)
+        yield
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"cannot write {out / name} ({error}): make room, run the same command again, and it continues"
+            f"cannot write {path} ({error}): make room, run the same command again, and it continues"
         ) from error
 
 
@@ -349,3 +589,28 @@ def _groups(blocks: list[tuple[str, int, int]], limit: int) -> Iterator[list[tup
         group.append(block)
         rows += size
     yield group
+
+
+def share_of(batch_size: int, rank: int, world: int) -> int:
+    """Rows of each rank in a batch of all ranks together (ValueError if they do not divide it)."""
+    if not 0 <= rank < world or batch_size % world:
+        raise ValueError(
+            f"batch_size is that of all ranks together, a multiple of their number, and ranks count from 0: batch_size "
+            f"{batch_size}, rank {rank} of {world}"
+        )
+    return batch_size // world
+
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterator[T], depth: int = 1) -> Generator[T]:
+    """The same items, up to `depth` of them made in a thread before they are asked for; errors come in their place."""
+    with ThreadPoolExecutor(1) as maker:
+        made = deque(maker.submit(next, items, None) for _ in range(depth))
+        try:
+            while (item := made.popleft().result()) is not None:
+                made.append(maker.submit(next, items, None))
+                yield item
+        finally:
+            maker.shutdown(cancel_futures=True)

@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -92,21 +93,32 @@ class Host:
             f"the nearest names are {', '.join(near)}"
         )
 
-    @torch.no_grad()
     def activations(self, tokens: Int[Tensor, "B T"], hook: str) -> Float[Tensor, "B T d_model"]:
         """The activations at `hook`, in the host's dtype and on its device; the forward pass stops there."""
-        kept: list[Tensor] = []
+        return self.activations_at(tokens, [hook])[hook]
 
-        def keep(x: Tensor) -> Tensor:
-            kept.append(x)
-            raise _Stop
+    @torch.no_grad()
+    def activations_at(
+        self, tokens: Int[Tensor, "B T"], hooks: Collection[str]
+    ) -> dict[str, Float[Tensor, "B T d_model"]]:
+        """What `activations` gives, at several hooks by one forward pass, which stops after the deepest."""
+        kept: dict[str, Tensor] = {}
 
-        with self._replacing(self.hook_point(hook), keep):
+        def keep(x: Tensor, hook: str) -> Tensor:
+            kept[hook] = x
+            if kept.keys() == set(hooks):
+                raise _Stop
+            kept[hook] = x.clone()  # some layers add to their input in place
+            return x
+
+        with ExitStack() as stack:
+            for hook in hooks:
+                stack.enter_context(self._replacing(self.hook_point(hook), partial(keep, hook=hook)))
             try:
                 self._hidden(tokens.to(self.device))
             except _Stop:
-                return kept[0]
-        raise AssertionError(f"the forward pass of {self.spec} never reached {hook}")
+                return kept
+        raise AssertionError(f"the forward pass of {self.spec} never reached {set(hooks) - kept.keys()}")
 
     @torch.no_grad()
     def token_losses(

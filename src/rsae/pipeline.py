@@ -19,7 +19,7 @@ from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_
 from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs
 from rsae.finetune import FinetuneConfig, check_mesh, check_trainable, finetune
-from rsae.harvest import ActivationStore, harvest_all
+from rsae.harvest import ActivationStore, division, harvest_all
 from rsae.hosts import Host, load_host
 from rsae.identity import identity as compare_latents
 from rsae.mesh import ALONE, Mesh
@@ -78,22 +78,37 @@ class Data:
 
     @classmethod
     def gather(
-        cls, host: Host, hook: str, text: str, folder: Path, config: UpgradeConfig, progress: Progress | None
+        cls,
+        host: Host,
+        hook: str,
+        text: str,
+        folder: Path,
+        config: UpgradeConfig,
+        progress: Progress | None,
+        mesh: Mesh = ALONE,
     ) -> Data:
         """Harvest, or open what has been harvested already."""
-        return cls.gather_all(host, {hook: folder}, text, config, progress)[hook]
+        return cls.gather_all(host, {hook: folder}, text, config, progress, mesh)[hook]
 
     @classmethod
     def gather_all(
-        cls, host: Host, folders: Mapping[str, Path], text: str, config: UpgradeConfig, progress: Progress | None
+        cls,
+        host: Host,
+        folders: Mapping[str, Path],
+        text: str,
+        config: UpgradeConfig,
+        progress: Progress | None,
+        mesh: Mesh = ALONE,
     ) -> dict[str, Data]:
         """The data of several hooks (hook -> folder), for which the host runs once."""
 
         def stores(split: Split, n_tokens: int) -> dict[str, ActivationStore]:
-            return harvest_all(
-                host, {hook: folder / split for hook, folder in folders.items()}, text, n_tokens=n_tokens, split=split,
-                context_length=config.context_length, progress=progress,
-            )  # fmt: skip
+            into = {hook: folder / split for hook, folder in folders.items()}
+            how: dict[str, Any] = {"n_tokens": n_tokens, "split": split, "context_length": config.context_length}
+            if mesh.ranks.world <= division(n_tokens, config.context_length)[1]:
+                return harvest_all(host, into, text, progress=progress, ranks=mesh.ranks, **how)
+            with mesh.ranks.main_first():  # too little for all to have a part of: the others find it done
+                return harvest_all(host, into, text, progress=progress, ranks=ALONE.ranks, **how)
 
         train, validation = stores("train", config.train_tokens), stores("validation", config.validation_tokens)
         evaluation = evaluation_contexts(
@@ -166,7 +181,8 @@ def upgrade_all(
 ) -> dict[str, dict[str, Any]]:
     """`upgrade` for several teachers of one host: the activations of all hooks are harvested in one pass.
 
-    Leaves for each teacher a run folder, out/NUMBER-NAME, the activations in out/acts/HOOK, and one page about all, out/report.html.
+    Leaves for each teacher a run folder, out/NUMBER-NAME, the activations in out/acts/HOOK, and one page about all,
+    out/report.html.
 
     Args:
         teachers: (teacher, hook) of each.
@@ -192,7 +208,7 @@ def upgrade_all(
         model = _load_host(host, progress, mesh)
         acts = {hook: out / "acts" / model.hook_point(hook).name for hook in hooks}
         with ledger.clock("harvest"):
-            Data.gather_all(model, acts, text, config, progress)
+            Data.gather_all(model, acts, text, config, progress, mesh)
         jobs = {
             name: _Upgrade(loaded[name], host, hook, text, out / name, config, mesh, command)
             for name, (_, hook) in named.items()
@@ -261,7 +277,7 @@ class _Upgrade:
                     )
             self.ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
         with self.ledger.clock("harvest"):
-            data = Data.gather(host, self.hook, self.text, acts, self.config, progress)
+            data = Data.gather(host, self.hook, self.text, acts, self.config, progress, self.mesh)
         train_arms(self.out, self.teacher.sae, data, self.config, self.ledger, progress, self.mesh)
         return data
 

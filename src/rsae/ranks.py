@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class Ranks(NamedTuple):
                 torch.cuda.set_device(local)
                 backend = "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=TIMEOUT)
+            atexit.register(dist.destroy_process_group)  # or its threads may end the process with an abort
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

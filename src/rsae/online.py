@@ -1,0 +1,141 @@
+"""Activations without a store: the host runs while an SAE is trained, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, islice
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rsae.artefacts import config_hash
+from rsae.harvest import EXCLUSION_RULE, Batch, SinkRule, drop_sinks, run_batch, share_of, text_batches
+from rsae.hosts import Host
+from rsae.text import PACKING_RULE, Context, Split, text_fingerprint, too_short
+
+
+class OnlineActivations:
+    """What a training loop reads of an ActivationStore, from a host that runs meanwhile.
+
+    Tokens are packed and left out as in a store, and the sink rule is that of a store of the same text. Batches come from a
+    buffer: it is filled with the activations of the next contexts (the loop waits), drawn from in random order, and filled
+    again; at its end the text starts anew. Memory is 2 buffer_tokens d_in bytes.
+
+    Attributes: d_in, hook, sink_rule, mean (its mean: float32 (d_in,)), fingerprint (names the host and what is read).
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        hook: str,
+        text: str,
+        *,
+        split: Split = "train",
+        context_length: int = 256,
+        batch_size: int = 16,
+        buffer_tokens: int = 2**18,
+        rule_tokens: int = 65536,
+        sink_ratio: float = 3.0,
+    ) -> None:
+        """Run the host over the first contexts, for the sink rule.
+
+        Args:
+            text, split: what `rsae.text.documents` reads.
+            batch_size: contexts a forward pass.
+            buffer_tokens: about how many tokens are shuffled together (whole batches of contexts).
+            rule_tokens: about how many tokens the sink rule is fitted on: the shard_tokens of the store that it is to equal.
+
+        Raises:
+            ValueError: unknown hook or text; text shorter than one context; nan or inf in the activations.
+        """
+        self.host, self.hook, self.text = host, host.hook_point(hook).name, text
+        self.split: Split = split
+        self.context_length, self.batch_size = context_length, batch_size
+        pass_tokens = batch_size * context_length
+        self._passes = max(1, round(buffer_tokens / pass_tokens))
+        self._buffer_tokens = self._passes * pass_tokens
+        first = [
+            run_batch(host, [self.hook], contexts, number)[0].rows["activations"]
+            for number, contexts in islice(self._once(), max(1, round(rule_tokens / pass_tokens)))
+        ]
+        if not first:
+            raise ValueError(too_short(text, split, context_length))
+        self.sink_rule = SinkRule.fit(torch.cat(first), sink_ratio)
+        self.mean = self.sink_rule.mean
+        self.d_in = len(self.mean)
+        self.fingerprint = config_hash(
+            {
+                "host": host.fingerprint,
+                "dtype": str(host.dtype),
+                "hook": self.hook,
+                "text": [text, text_fingerprint(text), split],
+                "contexts": [context_length, batch_size],
+                "buffer_tokens": self._buffer_tokens,
+                "sinks": [rule_tokens, sink_ratio],
+                "rules": [PACKING_RULE, EXCLUSION_RULE],
+            }
+        )
+
+    def batches(
+        self, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Float[Tensor, "batch_size/world d_in"]]:
+        """Endless shuffled float32 batches, fixed by (seed, world).
+
+        A buffer gives as many rows as it would hold with nothing left out, so that where batch k comes from is known without
+        running what came before: the few that are missing are drawn a second time. `start=k` reads and tokenises the text up to
+        there, and runs the host for one buffer. Rank r of `world` runs every world-th batch of contexts, and its rows are the r-th
+        part of every batch.
+
+        Raises:
+            ValueError: `world` does not divide `batch_size`; a batch is larger than the buffer; a buffer of nothing but tokens
+                that are left out.
+        """
+        share = share_of(batch_size, rank, world)
+        if not 1 <= share <= self._buffer_tokens:
+            raise ValueError(
+                f"a rank's part of a batch is {share} tokens: expected 1 to {self._buffer_tokens}, what the buffer holds"
+            )
+        draws = self._buffer_tokens // share
+        first, skip = divmod(start, draws)
+        stream = islice(self._endless(), rank + world * self._passes * first, None, world)
+        buffer = torch.empty(self._buffer_tokens, self.d_in, dtype=torch.bfloat16)
+        for filling in count(first):
+            held = 0
+            for number, contexts in islice(stream, self._passes):
+                x = self._run(number, contexts).rows["activations"]
+                buffer[held : held + len(x)] = x
+                held += len(x)
+            if held == 0:
+                raise ValueError(f"no token of {self.text!r} is kept: every one is special or a sink")
+            rng = np.random.default_rng([seed, filling])
+            order = np.concatenate([rng.permutation(held) for _ in range(-(-draws * share // held))])
+            for chosen in torch.from_numpy(order[: draws * share]).split(share)[skip:]:
+                yield buffer[chosen].float()
+            skip = 0
+
+    def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n d_in"], Int[Tensor, " n"]]]:
+        """Once through the text in its order, at most `batch_size` rows at a time: (activations float32, document numbers)."""
+        for number, contexts in self._once():
+            rows = self._run(number, contexts).rows
+            for x, owners in zip(
+                rows["activations"].split(batch_size), rows["documents"].split(batch_size), strict=True
+            ):
+                yield x.float(), owners.long()
+
+    def _run(self, number: int, contexts: list[Context]) -> Batch:
+        """A batch of contexts without BOS, special tokens and sinks."""
+        [batch] = run_batch(self.host, [self.hook], contexts, number)
+        return drop_sinks(batch, self.sink_rule)
+
+    def _once(self) -> Iterator[tuple[int, list[Context]]]:
+        """Numbered batches of contexts to the text's end."""
+        found = text_batches(self.text, self.split, self.host.tokenizer, self.context_length, self.batch_size)
+        for number, contexts, _ in found:
+            if contexts:
+                yield number, contexts
+
+    def _endless(self) -> Iterator[tuple[int, list[Context]]]:
+        while True:
+            yield from self._once()
