@@ -56,8 +56,10 @@ LAYERS = {"package:smollm2-135m": (5, 15, 25), "package:gemma3-270m": (3, 9, 14)
 FAMILIES: tuple[Family, ...] = ("relu", "jumprelu", "topk")
 BATCH = 2048
 TEACHER = FinetuneConfig(
-    steps=3000, batch_size=BATCH, lr=1e-3, warmup=0.1, decay=0.3, penalty=2.5, checkpoint_every=500
-)
+    steps=3000, batch_size=BATCH, lr=1e-3, gate_lr=3e-4, warmup=0.1, decay=0.3, penalty=2.5,
+    surrogate=Surrogate("rectangle", bandwidth=0.8, strength=0.0, crowding=0.0), checkpoint_every=500,
+)  # fmt: skip
+"""Written out, so that teachers stay what they are when the defaults of an upgrade change."""
 FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
 """220,000 tokens of text leave more than 200,000 that are measured."""

@@ -22,6 +22,7 @@ from rsae import kernels
 from rsae.allocator import keep_pages
 from rsae.calibrate import calibrate
 from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, trainee_for
+from rsae.mesh import ALONE
 from rsae.sae import RationalSAE
 from rsae.sparse import pre_activations
 
@@ -65,10 +66,10 @@ def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[Spars
         teacher.W_dec.copy_(data.directions)
         teacher.W_enc.copy_(data.directions.T)
         teacher.b_enc.fill_(-0.22)  # so that the tail of the interference is as thin as a trained encoder's
-    init = calibrate(RationalSAE.from_teacher(teacher), [x])
+    init = calibrate(RationalSAE.from_teacher(teacher), [x]).to(ALONE.device)
     config = FinetuneConfig()
-    trainee = trainee_for(_ready_to_train(init, data, config, L0), 1.0, config).to(device)
-    trainee.norms, x = trainee.norms.to(device), x.to(device)
+    trainee = trainee_for(_ready_to_train(init, data, config, L0, ALONE), 1.0, config).to(device)
+    x = x.to(device)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -77,7 +78,7 @@ def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[Spars
         result.loss.backward()
         optimizer.step()
         trainee.constrain()
-        trainee.steer(result.l0.item(), L0)
+        trainee.steer(result.l0, L0)
 
     assert isinstance(trainee, SparseTrainee)
     return trainee, step

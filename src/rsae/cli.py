@@ -48,6 +48,12 @@ Teacher = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps of each fine-tuned arm.")]
 Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
+LatentShards = Annotated[
+    int,
+    typer.Option(
+        "--latent-shards", help="Under torchrun: so many ranks share the latents; the batch is shared by the rest."
+    ),
+]
 
 
 def main() -> None:
@@ -121,6 +127,7 @@ def upgrade(
     penalty: Annotated[float | None, typer.Option(help="The paper recipe's price of l1; default 0.3.")] = None,
     steps: Steps = 1000,
     seed: Seed = 0,
+    latent_shards: LatentShards = 1,
 ) -> None:
     """Upgrade a teacher beside an equal-compute control, compare both, and write the page. The product.
 
@@ -129,6 +136,7 @@ def upgrade(
     """
     with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig
+        from rsae.mesh import Mesh
         from rsae.pipeline import UpgradeConfig
         from rsae.pipeline import upgrade as run
 
@@ -140,7 +148,13 @@ def upgrade(
             recipe=recipe,
             finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty),
         )
-        metrics = run(teacher, host, hook, text, out, config=config, trust=trust, progress=progress, command=_command())
+        mesh = Mesh.of(latent_shards)
+        metrics = run(
+            teacher, host, hook, text, out, config=config, trust=trust, progress=progress if mesh.ranks.is_main else None,
+            command=_command(), mesh=mesh,
+        )  # fmt: skip
+    if not mesh.ranks.is_main:
+        return
     for warning in json.loads((out / "preflight.json").read_text())["warnings"]:
         print(f"rsae: warning: {warning}", file=sys.stderr)
     _print_table(metrics, title="RSAE against its equal-compute control")
@@ -254,12 +268,14 @@ def finetune(
     steps: Steps = 1000,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
     seed: Seed = 0,
+    latent_shards: LatentShards = 1,
 ) -> None:
     """Stage 2 alone: train one arm. Arms with the same seed, steps and activations see the same batches."""
     with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig
         from rsae.finetune import finetune as run
         from rsae.harvest import ActivationStore
+        from rsae.mesh import Mesh
         from rsae.teachers import load_teacher
 
         chosen: dict[str, Any] = {
@@ -272,8 +288,13 @@ def finetune(
         if lr is not None:
             chosen["lr"] = lr
         loaded, data, check = load_teacher(sae), ActivationStore.open(acts), ActivationStore.open(held_out)
-        run(loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out, progress=progress)
-    print(f"fine-tuned: {out}")
+        mesh = Mesh.of(latent_shards)
+        run(
+            loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out,
+            progress=progress if mesh.ranks.is_main else None, mesh=mesh,
+        )  # fmt: skip
+    if mesh.ranks.is_main:
+        print(f"fine-tuned: {out}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -24,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from rsae import sparse
 from rsae.allocator import keep_pages
-from rsae.artefacts import Progress, atomic, config_hash, provenance, read_json, write_json, write_safetensors
+from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, read_json, write_json
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
+from rsae.mesh import ALONE, Mesh, is_per_latent, joined, shard_of
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
 from rsae.sae import RationalSAE, save_sae, without_rescaling
 from rsae.teachers import load_teacher
@@ -42,7 +43,7 @@ Objective = Literal["matched-l0", "l0", "l1"]
 Part = Literal["weights", "thresholds", "scales", "shape"]
 
 LOG_EVERY = 10
-LOOP = 2
+LOOP = 3
 """Raised whenever the same settings come to another result, so that an older run is not taken for one of this loop."""
 NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
@@ -61,7 +62,7 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 4e-4
     """Adam's learning rate of weights and biases."""
-    gate_lr: float = 3e-4
+    gate_lr: float = 1e-3
     """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""
@@ -122,17 +123,22 @@ class Step(NamedTuple):
 
 
 class Trainee(nn.Module, ABC):
-    """The parameters of an SAE in training units, and one step's loss. A subclass for each kind of gate."""
+    """The parameters of an SAE in training units, and one step's loss. A subclass for each kind of gate.
+
+    On a mesh it has the latents of its own shard, `sae` being that part of the whole one, and sees its share of every batch.
+    """
 
     centre: Float[Tensor, " d_in"]
+    norms: Float[Tensor, "d_sae 1"]
 
     encoder_bias = "b_enc"
     """The bias of the pre-activations that decide which latents are active, by its name in the checkpoint."""
     row_scale: Float[Tensor, "batch 1"] | None = None
     """Of the batch at work, where inputs are normalised: what its reconstruction is multiplied by."""
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
         super().__init__()
+        self.mesh = mesh
         self.normalize = sae.cfg.normalize_activations
         self.error_unit = unit
         unit = 1.0 if self.normalize in NORMALISED else unit
@@ -146,7 +152,8 @@ class Trainee(nn.Module, ABC):
         # What the encoder's input is centred on stays as it came, and b_dec learns as the decoder's alone: `export` puts what lies
         # between into the encoder's bias. Tied, the estimated gradient of an edge would shift every token's reconstruction
         self.register_buffer("centre", self.b_dec.detach().clone() if self.subtracts else torch.zeros_like(self.b_dec))
-        self.norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
+        norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
+        self.register_buffer("norms", norms, persistent=False)
 
     def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
         """The parameters that are trained at `gate_lr`, by part."""
@@ -176,6 +183,10 @@ class Trainee(nn.Module, ABC):
         error = x_hat - x if self.row_scale is None else (x_hat - x) * self.row_scale
         return error.square().sum() / len(x)
 
+    def l0(self, z: Tensor, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+        """Mean number of latents of a sample that are not 0."""
+        return self.mesh.latents.sum((z != 0).sum() / len(x))
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
         """Loss of a batch, as `inputs` gives it."""
@@ -189,7 +200,7 @@ class Trainee(nn.Module, ABC):
     def begin(self, x: Float[Tensor, "batch d_in"]) -> None:
         """See the first batch before the first step."""
 
-    def steer(self, l0: float, target: float) -> None:
+    def steer(self, l0: Float[Tensor, ""], target: float) -> None:
         """Move whatever sets the sparsity towards `target`, given the L0 of the last batch."""
 
     def state_of_gate(self) -> dict[str, float]:
@@ -233,15 +244,24 @@ class SparseTrainee(Trainee):
         entries = self.choose(dense)
         h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, entries)
         z = self.latents(h, entries)
-        squared_error = self.squared_error(sparse.decode(z, self.W_dec, self.b_dec, entries), x)
-        return Step(squared_error + self.penalty(z, entries), squared_error, (z != 0).sum() / len(x))
+        squared_error = self.squared_error(self.decode(z, entries), x)
+        return Step(squared_error + self.penalty(z, entries), squared_error, self.l0(z, x))
+
+    def decode(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, "batch d_in"]:
+        """x_hat from the latents at the entries."""
+        return self.mesh.sum_latents(sparse.decode(z, self.W_dec, entries)) + self.b_dec
 
     def penalty(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Tensor | float:
         """What is added to the squared error."""
         if self.config.objective != "l1":
             return 0.0
         assert self.config.penalty is not None
-        return self.config.penalty * (z.abs() * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
+        return self.config.penalty * self.l1(z, entries)
+
+    def l1(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, ""]:
+        """Sum of |z_j| ||w_j||, averaged over the batch."""
+        l1 = (z.abs() * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
+        return self.mesh.sum_latents(l1)
 
 
 class ReLUTrainee(SparseTrainee):
@@ -253,8 +273,8 @@ class ReLUTrainee(SparseTrainee):
 
     price: Tensor
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
-        super().__init__(sae, unit, config)
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(sae, unit, config, mesh)
         if config.objective == "l0":
             raise ValueError("a ReLU has no threshold for objective 'l0' to move: use 'l1' or 'matched-l0'")
         self.register_buffer("price", torch.tensor(float(config.penalty or 0.0)))
@@ -265,11 +285,10 @@ class ReLUTrainee(SparseTrainee):
         inputs = x - self.centre
         entries = self.choose(h := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
         z = h.view(-1)[entries.flat].float().requires_grad_()
-        error = self.squared_error(sparse.decode(z, self.W_dec.detach(), self.b_dec.detach(), entries), x)
-        (g,) = torch.autograd.grad(error, z)
+        (g,) = torch.autograd.grad(self.squared_error(self.decode(z, entries), x), z)
         norms = self.norms.squeeze(1)[entries.latents]
-        balance = -(g * z).sum() / (norms * z).sum() * len(x)
-        self.price.fill_(max(1e-3, balance.item()))
+        gain, size = self.mesh.total(torch.stack([-(g * z).sum() * len(x), (norms * z).sum()]).detach())
+        self.price.copy_((gain / size).clamp(min=1e-3))
 
     def choose(self, h: Tensor) -> sparse.Entries:
         return sparse.Entries.above(h, share=0.0)[0]
@@ -278,10 +297,10 @@ class ReLUTrainee(SparseTrainee):
         return h.relu()
 
     def penalty(self, z: Tensor, entries: sparse.Entries) -> Tensor:
-        return self.price * (z * self.norms.squeeze(1)[entries.latents]).sum() / entries.shape[0]
+        return self.price * self.l1(z, entries)
 
-    def steer(self, l0: float, target: float) -> None:
-        self.price.mul_(math.exp(0.01 * max(-1.0, min(1.0, math.log(max(l0, 1e-3) / target)))))
+    def steer(self, l0: Tensor, target: float) -> None:
+        self.price.mul_((0.01 * (l0.clamp(min=1e-3) / target).log().clamp(-1, 1)).exp())
 
     def state_of_gate(self) -> dict[str, float]:
         return {"price": self.price.item()}
@@ -299,8 +318,8 @@ class GatedTrainee(ReLUTrainee):
 
     encoder_bias = "b_gate"
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
-        super().__init__(sae, unit, config)
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(sae, unit, config, mesh)
         self.r_mag = nn.Parameter(sae.get_parameter("r_mag").detach().float().clone())
         self.b_mag = nn.Parameter(sae.get_parameter("b_mag").detach().float() / self.unit)
 
@@ -313,9 +332,10 @@ class GatedTrainee(ReLUTrainee):
         entries = self.choose(dense := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
         h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, entries)
         z = self.latents(h, entries)
-        squared_error = self.squared_error(sparse.decode(z, self.W_dec, self.b_dec, entries), x)
-        by_gate = self.squared_error(sparse.decode(h, self.W_dec.detach(), self.b_dec.detach(), entries), x)
-        return Step(squared_error + by_gate + self.penalty(h, entries), squared_error, (z != 0).sum() / len(x))
+        squared_error = self.squared_error(self.decode(z, entries), x)
+        by_gate = self.mesh.sum_latents(sparse.decode(h, self.W_dec.detach(), entries)) + self.b_dec.detach()
+        loss = squared_error + self.squared_error(by_gate, x) + self.penalty(h, entries)
+        return Step(loss, squared_error, self.l0(z, x))
 
     def write_gate(self, sae: SAE[Any]) -> None:
         sae.get_parameter("r_mag").copy_(self.r_mag)
@@ -325,11 +345,13 @@ class GatedTrainee(ReLUTrainee):
 class TopKTrainee(SparseTrainee):
     """The k largest pre-activations, if positive."""
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
-        super().__init__(sae, unit, config)
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(sae, unit, config, mesh)
         self.k: int = sae.cfg.k
 
     def choose(self, h: Tensor) -> sparse.Entries:
+        if self.mesh.latents.size > 1:
+            return sparse.Entries.of(self.mesh.is_among_largest(h, self.k))
         return sparse.Entries.largest(h, self.k)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
@@ -344,8 +366,8 @@ class ThresholdTrainee(SparseTrainee):
 
     silent: Tensor
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig) -> None:
-        super().__init__(sae, unit, config)
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(sae, unit, config, mesh)
         gate = sae.gate if isinstance(sae, RationalSAE) else None
         threshold = gate.threshold if gate is not None else sae.threshold
         assert isinstance(threshold, Tensor)
@@ -354,21 +376,21 @@ class ThresholdTrainee(SparseTrainee):
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
         self.surrogate = config.surrogate
         if gate is None:
-            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0)
+            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0, crowding=0.0)
         if config.objective == "l0":
             self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
-        self.amplitude = TrainableGate(gate, self.unit) if gate is not None else None
+        self.amplitude = TrainableGate(gate, self.unit, mesh) if gate is not None else None
 
     def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
         return {"thresholds": [self.log_threshold], **(self.amplitude.parts() if self.amplitude is not None else {})}
 
     def choose(self, h: Tensor) -> sparse.Entries:
-        share = 1 - 0.5 * self.surrogate.bandwidth
-        entries, scale = sparse.Entries.above(
-            h, self.log_threshold.detach().exp(), share=share, k=self.k, alpha=self.alpha
-        )
+        share, threshold, scale = 1 - 0.5 * self.surrogate.bandwidth, self.log_threshold.detach().exp(), None
+        if self.mesh.latents.size > 1 and self.k is not None:
+            scale = sample_scale(self.mesh.largest(h.float() / threshold, self.k + 1), self.k)
+        entries, scale = sparse.Entries.above(h, threshold, share=share, k=self.k, alpha=self.alpha, scale=scale)
         self.follow = None if scale is None else scale**self.alpha
         return entries
 
@@ -384,9 +406,11 @@ class ThresholdTrainee(SparseTrainee):
         if surrogate.price is not None:
             surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
         on = h > threshold.detach()
-        self.silent += entries.shape[0]
-        self.silent[entries.latents[on]] = 0
-        return hard_edge(amplitude, h, threshold, on, surrogate, curvature)
+        samples = entries.shape[0] * self.mesh.data.size
+        active = self.mesh.data.sum(torch.bincount(entries.latents[on], minlength=entries.shape[1]))
+        self.silent = torch.where(active > 0, 0, self.silent + samples)
+        rate = (active / samples)[entries.latents] if surrogate.crowding else None
+        return hard_edge(amplitude, h, threshold, on, surrogate, curvature, rate, self.mesh.total)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -395,12 +419,12 @@ class ThresholdTrainee(SparseTrainee):
         if self.log_threshold.requires_grad:
             self.log_threshold[self.silent > SILENT_TOKENS] -= 0.02
 
-    def steer(self, l0: float, target: float) -> None:
+    def steer(self, l0: Tensor, target: float) -> None:
         if self.alpha == 1:
             return  # a common factor cancels: L0 is k
         # s(x) falls as thresholds rise, and takes the share alpha of every step back
-        step = 0.1 * math.log(max(l0, 1e-3) / target) / (1 - self.alpha)
-        self.log_threshold.data.add_(max(-0.1, min(0.1, step)))
+        step = 0.1 / (1 - self.alpha) * (l0.clamp(min=1e-3) / target).log()
+        self.log_threshold.data.add_(step.clamp(-0.1, 0.1))
 
     def state_of_gate(self) -> dict[str, float]:
         return {"median_threshold": self.log_threshold.detach().exp().median().item() * self.unit}
@@ -416,13 +440,13 @@ class ThresholdTrainee(SparseTrainee):
 class DenseTrainee(Trainee):
     """The paper's gate: no latent is exactly 0, so everything is dense, and an l1 price is all that keeps latents small."""
 
-    def __init__(self, sae: RationalSAE, unit: float, config: FinetuneConfig) -> None:
-        super().__init__(sae, unit, config)
+    def __init__(self, sae: RationalSAE, unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(sae, unit, config, mesh)
         if config.objective != "l1":
             raise ValueError(
                 f"a dense gate has no zeros to count: use objective 'l1' with a penalty; got {config.objective!r}"
             )
-        self.amplitude = TrainableGate(sae.gate, self.unit)
+        self.amplitude = TrainableGate(sae.gate, self.unit, mesh)
 
     def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
         return self.amplitude.parts()
@@ -432,9 +456,9 @@ class DenseTrainee(Trainee):
             h = F.linear(x - self.centre, self.W_enc, self.b_enc)
             z = self.amplitude(h)
             x_hat = z @ self.W_dec
-        squared_error = self.squared_error(x_hat.float() + self.b_dec, x)
-        l1 = (z.abs() @ self.norms.to(z.dtype)).float().sum() / len(x)
-        return Step(squared_error + (self.config.penalty or 0.0) * l1, squared_error, (z != 0).sum() / len(x))
+        squared_error = self.squared_error(self.mesh.sum_latents(x_hat.float()) + self.b_dec, x)
+        l1 = self.mesh.sum_latents((z.abs() @ self.norms.to(z.dtype)).float().sum() / len(x))
+        return Step(squared_error + (self.config.penalty or 0.0) * l1, squared_error, self.l0(z, x))
 
     def write_gate(self, sae: SAE[Any]) -> None:
         self.amplitude.write(sae)
@@ -443,8 +467,9 @@ class DenseTrainee(Trainee):
 class TrainableGate(nn.Module):
     """A rational gate in training units, its scales trained through their logarithms."""
 
-    def __init__(self, gate: RationalGate, unit: float) -> None:
+    def __init__(self, gate: RationalGate, unit: float, mesh: Mesh = ALONE) -> None:
         super().__init__()
+        self.mesh = mesh
         self.gate = copy.deepcopy(gate).requires_grad_(False)
         self.gate.num_relative.requires_grad_(True)
         self.gate.den_relative.requires_grad_(True)
@@ -463,7 +488,7 @@ class TrainableGate(nn.Module):
         if latents is not None and C_in.ndim:
             C_in, C_out = C_in[latents], C_out[latents]
         elif latents is None and self.gate.k is not None:
-            tau = sample_scale(h.float(), self.gate.k)
+            tau = sample_scale(self.mesh.largest(h.float(), self.gate.k + 1), self.gate.k)
             C_in, C_out = C_in * tau, C_out * tau
         return self.gate.amplitude(h, C_in, C_out)
 
@@ -478,7 +503,7 @@ class TrainableGate(nn.Module):
         sae.sync_config()
 
 
-def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig) -> Trainee:
+def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> Trainee:
     """The Trainee of an SAE's architecture."""
     architecture = sae.cfg.architecture()
     kinds: dict[str, type[Trainee]] = {
@@ -489,10 +514,10 @@ def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig) -> Trainee:
         "rational": ThresholdTrainee,
     }
     if isinstance(sae, RationalSAE) and sae.gate.support == "dense":
-        return DenseTrainee(sae, unit, config)
+        return DenseTrainee(sae, unit, config, mesh)
     if architecture not in kinds:
         raise ValueError(f"fine-tuning knows {', '.join(kinds)}; this SAE is {architecture!r}")
-    return kinds[architecture](sae, unit, config)
+    return kinds[architecture](sae, unit, config, mesh)
 
 
 def schedule(step: int, config: FinetuneConfig) -> float:
@@ -521,6 +546,20 @@ def check_trainable(sae: SAE[Any]) -> None:
         )
 
 
+def check_mesh(sae: SAE[Any], config: FinetuneConfig, mesh: Mesh, out: Path | None) -> None:
+    """Refuse ranks that the SAE or its batches cannot be divided among."""
+    if mesh.devices is not None and out is None:
+        raise ValueError("several ranks need a folder that they share: pass out")
+    if config.batch_size % mesh.data.size:
+        raise ValueError(
+            f"a batch of {config.batch_size} cannot be divided among {mesh.data.size} ranks: choose a batch size that can"
+        )
+    if sae.cfg.d_sae % mesh.latents.size:
+        raise ValueError(
+            f"{sae.cfg.d_sae} latents cannot be divided into {mesh.latents.size} shards: choose a number that divides them"
+        )
+
+
 def check_frozen(sae: SAE[Any], config: FinetuneConfig) -> None:
     """Refuse to freeze what an SAE does not have, or all that it has."""
     if not config.frozen:
@@ -541,6 +580,7 @@ def finetune(
     out: Path | None = None,
     progress: Progress | None = None,
     name: str = "finetune",
+    mesh: Mesh = ALONE,
 ) -> SAE[Any]:
     """Train an SAE with its own gate, on batches that depend on `data`, `config.seed` and `config.batch_size` alone.
 
@@ -554,19 +594,23 @@ def finetune(
             changed.
         data: activations to train on.
         held_out: activations on which L0 is measured and matched.
-        out: folder for log.jsonl, checkpoint.safetensors (while it runs) and the finished SAELens checkpoint. A run that was
+        out: folder for log.jsonl, checkpoint-STEP (while it runs) and the finished SAELens checkpoint. A run that was
             killed continues from its last checkpoint to the same result; a finished one is loaded.
         progress, name: progress(name, steps done, steps).
+        mesh: the ranks that train together (`Mesh.of`), each on its share of every batch and with its shard of the latents. What
+            comes out is what one process gets, but for the rounding of sums, and a run may be continued by other ranks. Before and
+            after training every rank holds the whole SAE. Needs `out`.
 
     Returns:
-        A new SAE of the same class, in the units of the activations.
+        A new SAE of the same class, in the units of the activations, on the device that `sae` is on.
 
     Raises:
-        ValueError: d_in differs, `out` holds another run, or the loss is not finite.
+        ValueError: d_in differs, `out` holds another run, the loss is not finite, or the mesh does not fit.
     """
     if sae.cfg.d_in != data.d_in:
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
     check_trainable(sae)
+    check_mesh(sae, config, mesh, out)
     keep_pages()
     check_frozen(sae, config)
     inputs = {
@@ -576,22 +620,33 @@ def finetune(
         "data": data.fingerprint,
         "held_out": held_out.fingerprint,
     }
-    folder = _Folder(out, inputs) if out is not None else None
-    if folder is not None and (finished := folder.finished()) is not None:
-        return finished
+    mesh.ranks.agree("inputs and settings", config_hash(inputs))
+    folder = _Folder(out, inputs, mesh) if out is not None else None
+    if folder is not None and folder.done:
+        return folder.result()
+    came_on, sae = sae.W_enc.device, copy.deepcopy(sae).to(mesh.device)
     # A dense gate's L0 is d_sae, and nothing is steered to it
     dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"
-    target = config.target_l0 or (float(sae.cfg.d_sae) if dense else mean_l0(sae, _activations(held_out)))
-    unit = _unit(data, config)
-    start = _ready_to_train(sae, data, config, target)
-    trainee = trainee_for(start, unit, config)
+    target = config.target_l0 or (float(sae.cfg.d_sae) if dense else mean_l0(sae, _activations(held_out, mesh)))
+    start = _ready_to_train(sae, data, config, target, mesh)
+    part = shard_of(start, mesh)
+    trainee = trainee_for(part, _unit(data, config), config, mesh).to(mesh.device)
     _train(trainee, data, config, target, folder, progress, name)
-    result = trainee.export(start)
-    if config.objective == "matched-l0" and "thresholds" not in config.frozen:
-        result = match_l0(result, _activations(held_out), target)
-    if folder is not None:
-        folder.finish(result)
-    return result
+    result = joined(trainee.export(part), start, mesh)
+
+    def finish() -> SAE[Any]:
+        matched = result
+        if config.objective == "matched-l0" and "thresholds" not in config.frozen:
+            matched = match_l0(result, _activations(held_out, mesh), target)
+        if folder is not None:
+            folder.finish(matched)
+        return matched
+
+    if mesh.devices is None:
+        return finish().to(came_on)
+    assert folder is not None
+    mesh.once(lambda: finish() and None)
+    return folder.result()
 
 
 def _train(
@@ -612,27 +667,35 @@ def _train(
     gate = [parameter for part in parts.values() for parameter in part]
     groups = [{"params": body, "rate": config.lr}, {"params": gate, "rate": config.gate_lr}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99), fused=True)
+    mesh, trained = trainee.mesh, [*body, *gate]
+    replicated = [
+        p for name, p in trainee.named_parameters() if any(p is q for q in gate) and not is_per_latent(name, p)
+    ]
     steers = config.objective == "matched-l0" and "thresholds" not in config.frozen
     first = folder.restore(trainee, optimizer) if folder is not None else 0
     if first == 0:
-        trainee.begin(trainee.inputs(next(iter(data.batches(config.batch_size, seed=config.seed)))))
-    sums, counted, began = torch.zeros(4), 0, time.perf_counter()
+        trainee.begin(trainee.inputs(mesh.share(next(iter(data.batches(config.batch_size, seed=config.seed))))))
+    mean = data.mean.to(mesh.device)
+    sums, counted, began = torch.zeros(4, device=mesh.device), 0, time.perf_counter()
     for step, raw in zip(
         range(first, config.steps), data.batches(config.batch_size, seed=config.seed, start=first), strict=False
     ):
+        raw = mesh.share(raw)
         x = trainee.inputs(raw)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config)
         optimizer.zero_grad()
         result = trainee(x)
         result.loss.backward()
+        mesh.sum_gradients(trained, replicated)
         optimizer.step()
         trainee.constrain()
-        l0 = result.l0.item()
+        variance = ((raw - mean) / trainee.error_unit).square().sum() / len(raw)
+        losses = [result.loss.detach(), result.squared_error.detach(), variance, result.l0]
+        found = mesh.data.mean(torch.stack(losses))
         if steers:
-            trainee.steer(l0, target)
-        variance = ((raw - data.mean) / trainee.error_unit).square().sum() / len(raw)
-        sums += torch.stack([result.loss.detach(), result.squared_error.detach(), variance, result.l0])
+            trainee.steer(found[3], target)
+        sums += found
         counted += 1
         done = step + 1
         if done % LOG_EVERY == 0 or done == config.steps:
@@ -653,16 +716,16 @@ def _train(
             }
             if folder is not None:
                 folder.log(row)
-            sums, counted = torch.zeros(4), 0
+            sums, counted = torch.zeros_like(sums), 0
         if folder is not None and done % config.checkpoint_every == 0 and done < config.steps:
             folder.checkpoint(trainee, optimizer, done)
         if progress is not None:
             progress(name, done, config.steps)
 
 
-def _activations(store: Store, batch_size: int = 2048) -> Iterator[Tensor]:
+def _activations(store: Store, mesh: Mesh, batch_size: int = 2048) -> Iterator[Tensor]:
     for x, _ in store.iterate(batch_size):
-        yield x
+        yield x.to(mesh.device)
 
 
 def _unit(data: Store, config: FinetuneConfig) -> float:
@@ -674,7 +737,7 @@ def _unit(data: Store, config: FinetuneConfig) -> float:
     return math.sqrt(total / (rows * data.d_in))
 
 
-def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float) -> SAE[Any]:
+def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float, mesh: Mesh) -> SAE[Any]:
     """An SAE in the form that trains: a rational gate with a positive threshold for each latent, a TopK with unit rows."""
     if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
         return without_rescaling(sae)
@@ -683,7 +746,7 @@ def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: floa
     sae = copy.deepcopy(sae)
     gate = sae.gate
     assert gate.threshold is not None
-    sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
+    sample = [x.to(mesh.device) for x in islice(data.batches(config.batch_size, seed=config.seed), 8)]
     if gate.alpha == 1:
         gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0) / gate.threshold.median())
     elif not bool((gate.threshold > 0).all()):
@@ -703,7 +766,7 @@ def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: floa
 @torch.no_grad()
 def _mean_active(sae: SAE[Any], sample: list[Tensor]) -> Tensor:
     """Mean positive pre-activation of each latent, (d_sae,); of one that has none, the median latent's."""
-    total = count = torch.zeros(sae.cfg.d_sae)
+    total = count = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)
     for x in sample:
         h = pre_acts(sae, x)
         total, count = total + h.relu().sum(0), count + (h > 0).sum(0)
@@ -717,70 +780,97 @@ def _hash_of(sae: SAE[Any]) -> str:
     digest = hashlib.sha256(json.dumps(cfg, sort_keys=True, default=str).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().contiguous().numpy().data)
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
 class _Folder:
-    """A fine-tuning run on disk: finetune.json (what it is, and whether it is done), log.jsonl, checkpoint, result."""
+    """A fine-tuning run on disk: finetune.json (what it is, and whether it is done), log.jsonl, checkpoint-STEP, result.
 
-    def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
-        self.path, self.hash = path, config_hash(inputs)
-        about = path / "finetune.json"
+    A checkpoint is written by torch.distributed.checkpoint as safetensors, each rank its shard, and read by any number of ranks.
+    """
+
+    def __init__(self, path: Path, inputs: dict[str, Any], mesh: Mesh) -> None:
+        self.path, self.mesh = path, mesh
+        self._about = mesh.once(lambda: self._open(config_hash(inputs), inputs))
+        self.done = bool(self._about["done"])
+
+    def _open(self, hash_: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        about = self.path / "finetune.json"
         if about.exists():
-            found = read_json(about)
-            if found["hash"] != self.hash:
+            if read_json(about)["hash"] != hash_:
                 raise ValueError(
-                    f"{path} holds another run (its inputs or settings differ): choose another folder or delete it"
+                    f"{self.path} holds another run (its inputs or settings differ): choose another folder or delete it"
                 )
-            self.done = bool(found["done"])
-        elif path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no fine-tuning run: choose another folder")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no fine-tuning run: choose another folder")
         else:
-            self.done = False
-            self._about = {"hash": self.hash, "done": False, **inputs, "provenance": provenance()}
-            write_json(about, self._about)
-        self._about = read_json(about)
+            write_json(about, {"hash": hash_, "done": False, **inputs, "provenance": provenance()})
+        return read_json(about)
 
-    def finished(self) -> SAE[Any] | None:
-        """The result, if the run is done."""
-        return load_teacher(self.path).sae if self.done else None
+    def result(self) -> SAE[Any]:
+        """The SAE of a run that is done."""
+        return load_teacher(self.path).sae
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to log.jsonl."""
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.mesh.ranks.is_main:
+            with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def checkpoint(self, trainee: Trainee, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Write everything that the rest of the run depends on."""
-        tensors = {f"model.{name}": tensor for name, tensor in trainee.state_dict().items()}
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": tensor for name, tensor in state.items()}
-        write_safetensors(self.path / "checkpoint.safetensors", tensors, {"step": str(step)})
+        partial = self.path / "checkpoint.partial"
+        self.mesh.once(lambda: shutil.rmtree(partial, ignore_errors=True))
+        self.mesh.save(_state(trainee, optimizer), partial)
+
+        def publish() -> None:
+            for file in [*partial.iterdir(), partial]:
+                flush(file)
+            partial.replace(self.path / f"checkpoint-{step}")
+            self._drop(but=step)
+
+        self.mesh.once(publish)
 
     def restore(self, trainee: Trainee, optimizer: torch.optim.Optimizer) -> int:
         """Load the last checkpoint if there is one; the step to go on from. Log lines after it are dropped."""
-        file, log = self.path / "checkpoint.safetensors", self.path / "log.jsonl"
-        step = 0
-        if file.exists():
-            with safe_open(file, "pt") as checkpoint:
-                step = int(checkpoint.metadata()["step"])
-                tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118
-            trainee.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in tensors.items():
-                if key.startswith("adam."):
-                    _, index, name = key.split(".")
-                    state.setdefault(int(index), {})[name] = tensor
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        if log.exists():
-            rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-            with atomic(log) as temporary:
-                temporary.write_text("".join(row + "\n" for row in rows))
+        step = max(self.mesh.once(self._steps), default=0)
+        if step:
+            self.mesh.load(_state(trainee, optimizer), self.path / f"checkpoint-{step}")
+
+        def shorten() -> None:
+            if (log := self.path / "log.jsonl").exists():
+                rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+                with atomic(log) as temporary:
+                    temporary.write_text("".join(row + "\n" for row in rows))
+
+        self.mesh.once(shorten)
         return step
 
     def finish(self, sae: SAE[Any]) -> None:
         """Save the result and mark the run as done."""
         save_sae(sae, self.path)
         write_json(self.path / "finetune.json", {**self._about, "done": True})
-        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        self._drop()
+
+    def _steps(self) -> list[int]:
+        return [int(path.name.partition("-")[2]) for path in self.path.glob("checkpoint-*")]
+
+    def _drop(self, but: int | None = None) -> None:
+        for step in self._steps():
+            if step != but:
+                shutil.rmtree(self.path / f"checkpoint-{step}")
+
+
+def _state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors that the rest of a run depends on, by name; loading writes into them."""
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in trainee.state_dict(keep_vars=True).items()}
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainee.named_parameters():
+        if id(parameter) in trained:
+            state = optimizer.state[parameter]
+            if not state:  # as Adam begins
+                zero = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state.update(step=torch.zeros((), device=parameter.device), exp_avg=zero, exp_avg_sq=zero.clone())
+            tensors |= {f"adam.{moment}.{name}": tensor for moment, tensor in state.items()}
+    return tensors

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs
-from rsae.finetune import FinetuneConfig, check_trainable, finetune
+from rsae.finetune import FinetuneConfig, check_mesh, check_trainable, finetune
 from rsae.harvest import ActivationStore, harvest
 from rsae.hosts import Host, load_host
 from rsae.identity import identity as compare_latents
+from rsae.mesh import ALONE, Mesh
 from rsae.preflight import preflight
 from rsae.pretrain import Family, pretrain
 from rsae.rational import Support
@@ -112,6 +113,7 @@ def upgrade(
     trust: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """Upgrade a teacher to a Rational SAE, beside an equal-compute control, and measure both on held-out text.
 
@@ -129,9 +131,10 @@ def upgrade(
         text: what `rsae.harvest.harvest` takes: "package:sae-probes", a file or folder, "hf:dataset[split]".
         out: the run folder; new, empty, or of the same run.
         trust: go on although the activations say that the teacher was meant to be read in another way.
+        mesh: the ranks that harvest and fine-tune together; the first of them alone inspects, measures and writes the page.
 
     Returns:
-        The contents of metrics.json.
+        The contents of metrics.json; on other ranks than the first, nothing.
 
     Raises:
         ValueError: any input that does not fit, before anything is written; another reading of the teacher is clearly better, and
@@ -150,14 +153,20 @@ def upgrade(
             "--objective l1 --penalty LAMBDA`, or upgrade its teacher"
         )
     identity = {"teacher": loaded.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
-    ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",))
+    check_mesh(loaded.sae, config.finetune, mesh, out)
+    ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",), mesh=mesh)
     if ledger.done:
         return read_json(out / "metrics.json")
-    model = _load_host(host, progress)
+    with mesh.ranks.main_first():  # which makes what a packaged host is read from
+        model = _load_host(host, progress)
     if "inspect" not in ledger.seconds:
         with ledger.clock("inspect"):
-            found = preflight(loaded, model, hook, text, context_length=config.context_length, progress=progress)
-            write_json(out / "preflight.json", found)
+            found = mesh.once(
+                lambda: preflight(
+                    loaded, model, hook, text, context_length=config.context_length,
+                    out=out / "preflight.json", progress=progress,
+                )
+            )  # fmt: skip
             if found["verdict"] == "contradicted" and not trust:
                 raise ValueError(
                     f"{teacher} does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say --trust "
@@ -166,7 +175,9 @@ def upgrade(
         ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
-    arms = train_arms(out, loaded.sae, data, config, ledger, progress)
+    arms = train_arms(out, loaded.sae, data, config, ledger, progress, mesh)
+    if not mesh.ranks.is_main:
+        return {}
     with ledger.clock("evaluate"):
         eps, measured = {}, arms
         if config.recipe == "paper":
@@ -263,15 +274,21 @@ def _load_host(spec: str, progress: Progress | None) -> Host:
 
 
 def train_arms(
-    run: Path, teacher: SAE[Any], data: Data, config: UpgradeConfig, ledger: Ledger, progress: Progress | None
+    run: Path,
+    teacher: SAE[Any],
+    data: Data,
+    config: UpgradeConfig,
+    ledger: Ledger,
+    progress: Progress | None,
+    mesh: Mesh = ALONE,
 ) -> dict[str, SAE[Any]]:
     """The four arms of a teacher, each saved in its folder of the run: teacher, control, init, rsae.
 
     Control and RSAE are trained on the same batches, for the same steps, to the teacher's L0.
     """
-    if not (run / "teacher" / "cfg.json").exists():
+    if mesh.ranks.is_main and not (run / "teacher" / "cfg.json").exists():
         save_sae(teacher, run / "teacher")
-    l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(2048)))
+    l0 = mesh.once(lambda: mean_l0(teacher, (x for x, _ in data.validation.iterate(2048))))
     settings = replace(config.finetune, target_l0=config.finetune.target_l0 or l0)
     with ledger.clock("init"):
         sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
@@ -280,7 +297,8 @@ def train_arms(
         init = teacher
         if not is_rational:
             init = calibrate(RationalSAE.from_teacher(teacher, config.degree, support=support), sample)
-        save_sae(init, run / "init")
+        mesh.once(lambda: save_sae(init, run / "init"))
+        init = init if mesh.ranks.is_main else load_teacher(run / "init").sae
     arms = {"teacher": teacher, "init": init}
     # There is no own gate to train in an RSAE's control but the rational: it keeps the one that it has
     of_control = replace(settings, gate_lr=0.0) if is_rational else settings
@@ -293,7 +311,7 @@ def train_arms(
         with ledger.clock(arm):
             arms[arm] = finetune(
                 start, data.train, how, held_out=data.validation, out=run / arm, progress=progress,
-                name=f"{run.name} {arm}",
+                name=f"{run.name} {arm}", mesh=mesh,
             )  # fmt: skip
     return {arm: arms[arm] for arm in ARMS}
 
@@ -367,7 +385,12 @@ def evaluate_folder(
 
 
 class Ledger:
-    """What a run folder is, in its run.json: its identity, the time of each stage, and whether all of it is done."""
+    """What a run folder is, in its run.json: its identity, the time of each stage, and whether all of it is done.
+
+    Several ranks have one each, of which the first one's is written.
+    """
+
+    writes = True
 
     def __init__(self, folder: Path, identity: dict[str, Any], command: str | None, found: dict[str, Any]) -> None:
         self.folder, self.identity = folder, json.loads(json.dumps(identity))
@@ -384,15 +407,28 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, folder: Path, identity: dict[str, Any], command: str | None, may_hold: Sequence[str] = ("acts",)
+        cls,
+        folder: Path,
+        identity: dict[str, Any],
+        command: str | None,
+        may_hold: Sequence[str] = ("acts",),
+        mesh: Mesh = ALONE,
     ) -> Ledger:
         """The folder's ledger if it is of this run, a fresh one for a new or empty folder; nothing is written yet.
 
         A stage that was killed before the first run.json leaves its own folder, `may_hold`, which checks for itself whose it is.
 
         Raises:
-            ValueError: the folder holds another run, something else, or a finished run whose files have changed.
+            ValueError: the folder holds another run, something else, or a finished run whose files have changed; the ranks are not
+                of one run.
         """
+        mesh.ranks.agree("teachers, texts or settings", config_hash(json.loads(json.dumps(identity))))
+        ledger = mesh.once(lambda: cls._open(folder, identity, command, may_hold))
+        ledger.writes = mesh.ranks.is_main
+        return ledger
+
+    @classmethod
+    def _open(cls, folder: Path, identity: dict[str, Any], command: str | None, may_hold: Sequence[str]) -> Ledger:
         file, found = folder / "run.json", {}
         if file.exists():
             found = read_json(file)
@@ -426,7 +462,8 @@ class Ledger:
     def write(self, **more: Any) -> None:
         """Write run.json."""
         self.about |= {"seconds": self.seconds, "peak_memory_gb": _peak_memory_gb(), **more}
-        write_json(self.folder / "run.json", self.about)
+        if self.writes:
+            write_json(self.folder / "run.json", self.about)
 
     def finish(self) -> None:
         """Mark the run as done, with the checksums that a later call verifies."""

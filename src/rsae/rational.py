@@ -200,13 +200,15 @@ class Surrogate:
     """How a gradient is got across the hard edge, where the true one is zero almost everywhere and a jump at the threshold."""
 
     kind: Literal["rectangle", "jump-corrected"] = "jump-corrected"
-    bandwidth: float = 0.8
+    bandwidth: float = 0.5
     """Width of the window about the threshold, in units of the threshold."""
     strength: float = 0.2
     """Share of the edge's gradient that goes to the pre-activation (all of it goes to the threshold)."""
     price: float | None = None
     """What an active latent costs, in units of the loss. None: the price at which the batch's signals sum to zero, so that
     the edge exchanges latents but does not change how many there are."""
+    crowding: float = 10.0
+    """How fast a latent's price rises with the share f of the samples on which it is active: price (1 + crowding f)."""
 
 
 class _HardEdge(torch.autograd.Function):
@@ -221,14 +223,16 @@ class _HardEdge(torch.autograd.Function):
         on: Tensor,
         surrogate: Surrogate,
         curvature: Tensor | None,
+        rate: Tensor | None,
+        total: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(amplitude, h, threshold, on, curvature)
-        ctx.surrogate = surrogate
+        ctx.save_for_backward(amplitude, h, threshold, on, curvature, rate)
+        ctx.surrogate, ctx.total = surrogate, total
         return torch.where(on, amplitude, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        amplitude, h, threshold, on, curvature = ctx.saved_tensors
+        amplitude, h, threshold, on, curvature, rate = ctx.saved_tensors
         (grad,) = grad_outputs
         surrogate: Surrogate = ctx.surrogate
         width = surrogate.bandwidth * threshold
@@ -237,13 +241,16 @@ class _HardEdge(torch.autograd.Function):
         if surrogate.kind == "jump-corrected":
             assert curvature is not None
             gain = gain + torch.where(on, -1.0, 1.0) * curvature * amplitude**2
+        weight = 1 if rate is None else 1 + surrogate.crowding * rate
         price = surrogate.price
         if price is None:
-            price = -(window * gain).sum() / window.sum().clamp(min=1)
-        edge = window * (gain + price) / torch.where(width > 0, width, 1.0)  # per unit of h
+            sums = torch.stack([(window * gain).sum(), (window * weight).sum()])
+            signals, weights = sums if ctx.total is None else ctx.total(sums)
+            price = -signals / weights.clamp(min=1)
+        edge = window * (gain + price * weight) / torch.where(width > 0, width, 1.0)  # per unit of h
         d_h = surrogate.strength * edge if surrogate.strength else None
         d_threshold = (-edge * (h / threshold.clamp(min=torch.finfo(h.dtype).tiny))).sum_to_size(threshold.shape)
-        return torch.where(on, grad, 0.0), d_h, d_threshold, None, None, None
+        return torch.where(on, grad, 0.0), d_h, d_threshold, None, None, None, None, None
 
 
 def hard_edge(
@@ -253,6 +260,8 @@ def hard_edge(
     on: Bool[Tensor, "*batch"],
     surrogate: Surrogate,
     curvature: Float[Tensor, "*#batch"] | None = None,
+    rate: Float[Tensor, "*#batch"] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Latents that are `amplitude` where `on` and exactly 0 elsewhere, with a surrogate gradient at the threshold.
 
@@ -273,21 +282,24 @@ def hard_edge(
                      = a g - a^2 ||w_j||^2 / B    where it is on          (g taken at z_j = a)
 
     "jump-corrected" uses this, with K the rectangle on [-1/2, 1/2]; "rectangle" keeps a g alone, the first-order estimate of
-    Rajamanoharan et al. (2024, arXiv:2407.14435). `price` is added to L_on - L_off: the cost of one more active latent.
+    Rajamanoharan et al. (2024, arXiv:2407.14435). `price` is added to L_on - L_off: the cost of one more active latent. With
+    `crowding` c a latent that is active on the share f of the samples costs price (1 + c f), so that few become dense.
 
     Args:
         amplitude: phi(h) of every entry, active or not.
         h: pre-activations.
         threshold: positive where the edge is to learn; entries of threshold 0 get no gradient there.
         on: which latents are active. Usually h > threshold, but the caller decides.
-        surrogate: kind, bandwidth, strength, price.
+        surrogate: kind, bandwidth, strength, price, crowding.
         curvature: ||w_j||^2 / B, for "jump-corrected".
+        rate: share of the samples on which an entry's latent is active, for `crowding`.
+        total: adds up what other processes have of the batch, where this is a part of it: the price is that of all.
     """
     if surrogate.kind == "jump-corrected" and curvature is None:
         raise ValueError(
             "the jump-corrected surrogate needs curvature = ||W_dec[j]||^2 / batch size; pass it, or use kind='rectangle'"
         )
-    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature)  # type: ignore[return-value]
+    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature, rate, total)  # type: ignore[return-value]
 
 
 class RationalGate(nn.Module):

@@ -56,21 +56,23 @@ class Entries:
         share: float = 1.0,
         k: int | None = None,
         alpha: float = 0.0,
+        scale: Float[Tensor, "batch 1"] | None = None,
     ) -> tuple[Entries, Float[Tensor, "batch 1"] | None]:
         """The entries with h > share * threshold_j * s^alpha, and s: `rsae.rational.sample_scale` of h/threshold, if there is a k.
 
         Args:
             h: bfloat16.
             threshold: positive; None: 1, and with a `share` of 0 the positive entries.
+            scale: s, if it is known: where h has some of the latents only.
         """
         inverse = None if threshold is None else threshold.float().reciprocal()
-        if (lib := kernels.usable(h, dtype=torch.bfloat16)) is not None:
+        if scale is None and (lib := kernels.usable(h, dtype=torch.bfloat16)) is not None:
             scale, *found = lib.select(h, inverse, k=k, alpha=alpha, share=share, smallest=SMALLEST)
             return cls._found(h, *found), None if k is None else scale
         relative = h.float() if inverse is None else h.float() * inverse
         if k is None:
             return cls.of(relative > share), None
-        scale = sample_scale(relative, k)
+        scale = sample_scale(relative, k) if scale is None else scale
         return cls.of(relative > share * scale**alpha), scale
 
     @classmethod
@@ -174,10 +176,10 @@ def encode(
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, W_dec: Tensor, b_dec: Tensor, entries: Entries) -> Tensor:
+    def forward(ctx: Any, latents: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:
         ctx.save_for_backward(latents, W_dec)
         ctx.entries = entries
-        return entries.sum_by_row(latents, W_dec) + b_dec
+        return entries.sum_by_row(latents, W_dec)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,11 +187,11 @@ class _Decode(torch.autograd.Function):
         (grad,) = grad_outputs
         grad = grad.contiguous()
         d_W_dec = ctx.entries.sum_by_latent(latents, grad) if ctx.needs_input_grad[1] else None
-        return ctx.entries.dots(grad, W_dec), d_W_dec, grad.sum(0), None
+        return ctx.entries.dots(grad, W_dec), d_W_dec, None
 
 
 def decode(
-    latents: Float[Tensor, " n"], W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"], entries: Entries
+    latents: Float[Tensor, " n"], W_dec: Float[Tensor, "d_sae d_in"], entries: Entries
 ) -> Float[Tensor, "batch d_in"]:
-    """x_hat from the latents of the entries; latents that are 0 get their gradient all the same."""
-    return _Decode.apply(latents, W_dec, b_dec, entries)  # type: ignore[return-value]
+    """x_hat less b_dec from the latents of the entries; latents that are 0 get their gradient all the same."""
+    return _Decode.apply(latents, W_dec, entries)  # type: ignore[return-value]

@@ -1,0 +1,117 @@
+"""Several processes, over gloo, train what one process trains."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import GatedSAE, GatedSAEConfig
+from test_finetune import D_IN, D_SAE, L0, SMALL, MemoryStore
+
+from rsae.calibrate import calibrate
+from rsae.finetune import check_mesh
+from rsae.mesh import ALONE, Axis, Mesh
+from rsae.pretrain import initial_sae
+from rsae.sae import RationalSAE, save_sae
+from rsae.teachers import load_teacher
+
+HERE = Path(__file__).parent
+
+
+def work(folder, *, data=1, latents=1, stop=0):
+    """Run ranks_at_work.py in data x latents processes."""
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={data * latents}"]
+        if data * latents > 1
+        else []
+    )
+    arguments = [*launch, str(HERE / "ranks_at_work.py"), folder, latents, stop]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where the arms start from, and what one process makes of them."""
+    folder, data = tmp_path_factory.mktemp("mesh"), MemoryStore(2000, seed=0)
+    for family in ("relu", "jumprelu", "topk"):
+        sae = initial_sae(family, data, d_sae=D_SAE, l0=L0, seed=0)
+        save_sae(sae, folder / "start" / family)
+        save_sae(calibrate(RationalSAE.from_teacher(sae), [data.x]), folder / "start" / f"rational-{family}")
+    save_sae(calibrate(RationalSAE.from_teacher(sae, support="dense"), [data.x]), folder / "start" / "dense-topk")
+    gated = GatedSAE(GatedSAEConfig(d_in=D_IN, d_sae=D_SAE))
+    with torch.no_grad():
+        gated.W_enc.copy_(sae.W_enc)
+        gated.W_dec.copy_(sae.W_dec)
+        gated.b_dec.copy_(sae.b_dec)
+        gated.b_mag.fill_(0.5)
+    save_sae(gated, folder / "start" / "gated")
+    done = work(folder / "alone")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same(run, reference):
+    """The same losses at every step that is logged, and SAEs that do the same."""
+    x = MemoryStore(500, seed=5).x
+    arms = sorted(path.name for path in reference.iterdir())
+    assert len(arms) == 8
+    for arm in arms:
+        ours, theirs = (
+            [json.loads(line) for line in (path / arm / "log.jsonl").read_text().splitlines()]
+            for path in (run, reference)
+        )
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [10, 20], arm
+        for a, b in zip(ours, theirs, strict=True):
+            assert {key: a[key] for key in ("loss", "fvu", "l0")} == pytest.approx(
+                {key: b[key] for key in ("loss", "fvu", "l0")}, rel=1e-4
+            ), arm
+        a, b = (load_teacher(path / arm).sae for path in (run, reference))
+        with torch.no_grad():
+            gap = (a(x) - b(x)).norm() / (b(x) - x).norm()
+        assert gap < 2e-3, (arm, gap)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "latents"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_train_what_one_process_trains(runs, data, latents):
+    folder = runs / f"{data}x{latents}"
+    done = work(folder, data=data, latents=latents)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(folder, runs / "alone")
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_died_goes_on_with_other_ranks(runs):
+    folder = runs / "changing"
+    done = work(folder, data=2, latents=2, stop=15)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    assert len(list(folder.glob("*/checkpoint-10"))) == 8
+    done = work(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(folder.glob("*/checkpoint-*"))
+    assert_same(folder, runs / "alone")
+
+
+def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
+    sae = initial_sae("topk", MemoryStore(2000, seed=0), d_sae=D_SAE, l0=L0, seed=0)
+    with pytest.raises(ValueError, match="1 ranks cannot hold the latents in 2 shards"):
+        Mesh.of(2)
+    with pytest.raises(ValueError, match="40 latents cannot be divided into 3 shards"):
+        check_mesh(sae, SMALL, Mesh(latents=Axis(3)), tmp_path)
+    with pytest.raises(ValueError, match="a batch of 64 cannot be divided among 3 ranks"):
+        check_mesh(sae, SMALL, Mesh(data=Axis(3)), tmp_path)
+    with pytest.raises(ValueError, match="pass out"):
+        check_mesh(sae, SMALL, Mesh(devices=object()), None)
+    check_mesh(sae, SMALL, ALONE, None)
