@@ -268,7 +268,6 @@ def test_a_training_step(both: Both, make_teacher: Callable[..., Any], x: Tensor
     def step() -> dict[str, Tensor]:
         trainee = trainee_for(sae, 1.0, FinetuneConfig()).to(DEVICE)
         assert isinstance(trainee, TopKTrainee if family == "topk" else ThresholdTrainee)
-        trainee.norms = trainee.norms.to(DEVICE)
         result = trainee(x.to(DEVICE))
         result.loss.backward()
         gradients = {name: p.grad for name, p in trainee.named_parameters() if p.grad is not None}
