@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_host import save_text, save_tiny
 
 from rsae.minimax import RationalFit
 
@@ -44,6 +45,19 @@ def test_fit_prints_and_writes(tmp_path):
     fit = RationalFit.from_dict(json.loads((tmp_path / "fit.json").read_text()))
     assert fit.max_error == pytest.approx(0.0008766140497638128, rel=1e-6)
     assert "plotly" in (tmp_path / "fit.html").read_text()
+
+
+def test_harvest_of_several_hooks_has_a_folder_for_each(tmp_path):
+    hooks = ("blocks.0.hook_resid_post", "model.layers.1")
+    given = ("--host", save_tiny(tmp_path / "host"), "--text", save_text(tmp_path / "t.jsonl"), "--tokens", 300)
+    result = rsae("harvest", *given, "--hook", hooks[0], "--hook", hooks[1], "--out", tmp_path / "both")
+    assert result.returncode == 0, result.stderr
+    assert [line.split(" (")[0] for line in result.stdout.splitlines()] == [
+        f"300 activations of width 16 in {tmp_path / 'both' / hook}" for hook in hooks
+    ]
+    rsae("harvest", *given, "--hook", hooks[1], "--out", tmp_path / "one")
+    shard = "shard-00000.safetensors"
+    assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "both" / hooks[1] / shard).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -234,8 +234,9 @@ def harvest(
         with ranks.main_first():  # which converts a packaged model
             loaded = load_host(host)
         folders = {name: out / name for name in hook} if len(hook) > 1 else {hook[0]: out}
-        sizes: dict[str, Any] = {"n_tokens": tokens, "context_length": context_length}
-        stores = harvest_all(loaded, folders, text, split=split, progress=progress, **sizes)
+        stores = harvest_all(
+            loaded, folders, text, n_tokens=tokens, split=split, context_length=context_length, progress=progress
+        )
     for store in stores.values() if ranks.is_main else ():
         left_out = ", ".join(f"{name} {share:.2%}" for name, share in store.meta["excluded"].items())
         print(f"{store.n_tokens} activations of width {store.d_in} in {store.path} (left out: {left_out})")
