@@ -21,6 +21,9 @@ lint: .venv/installed
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fit
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.harvest
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scaling
 
 # The pins are a set that is known to work together on a CPU. torch comes first: resolved with the rest, it brings CUDA.
 .venv/installed: pyproject.toml constraints/cpu.txt constraints/peers.txt
