@@ -169,6 +169,8 @@ def _page(evidence: dict[str, Any]) -> str:
         parts += [
             *_probing(measured),
             "## Cost\n",
+            "Times are an arm's own, as it ran; where other work ran beside it they say little: `python -m benchmarks.step` is the "
+            "measurement of speed.\n",
             _table(
                 ["host", "layer", "family", "d_sae", "L0", "seed", "control, s", "RSAE, s", "scalars added", "peak memory, GB"],
                 [
