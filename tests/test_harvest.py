@@ -146,7 +146,7 @@ from rsae.harvest import harvest
 from rsae.hosts import load_host
 host = load_host({host.spec!r}, dtype=torch.float32, device="cpu")
 def kill(stage, done, total):
-    if done > 330:
+    if done > 350:
         os.kill(os.getpid(), signal.SIGKILL)
 harvest(host, {HOOK!r}, {text!r}, {str(tmp_path / "acts")!r}, n_tokens=500, progress=kill, **{SIZES})
 """

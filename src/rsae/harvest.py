@@ -409,6 +409,8 @@ def _fill(
                 store.done = min(store.done + sum(rows), store.n_tokens)
             if not all(store.done for store in stores):
                 return  # the text is too short for one context
+            if progress is not None:
+                progress("harvest", min(store.done for store in stores), stores[0].n_tokens)
             if writing is not None:
                 writing.result()
             writing = writer.submit(_write, stores, shards, shard, read, apart)
@@ -442,8 +444,8 @@ def _run_shard(
             store.add(batch._replace(read=read))
         if progress is not None:
             n_tokens = stores[0].n_tokens
-            done = min(store.done + ranks.world * store.rows for store in stores)
-            progress("harvest", min(done, n_tokens), n_tokens)
+            done = min(store.done + ranks.world * store.rows for store in stores)  # as if all ranks were as far
+            progress("harvest", min(done, n_tokens - 1), n_tokens)
         if number + 1 == numbers.stop or all(store.full for store in stores):
             return None
     raise AssertionError("batches end with one that is empty")
