@@ -82,3 +82,18 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path):
     assert message in errors[0]
     assert "Traceback" not in result.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_stage_that_comes_again_is_timed_anew(capsys, monkeypatch):
+    from rsae import cli
+
+    clock = iter([0.0, 40.0, 100.0, 101.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    for done, total in ((0, 4000), (4000, 4000), (10, 30), (30, 30)):
+        cli._lines("evaluate", done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluate: 0 of 4,000",
+        "evaluate: 4,000 of 4,000 100/s",
+        "evaluate: 10 of 30",
+        "evaluate: 30 of 30 20/s",
+    ]

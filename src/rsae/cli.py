@@ -480,6 +480,8 @@ def progress_shown() -> Iterator[Any]:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, rate="")
             task = bars.tasks[bars.task_ids.index(tasks[stage])]
+            if done < task.completed:  # a stage of this name has come again
+                bars.reset(tasks[stage], total=total)
             bars.update(tasks[stage], completed=done, rate=_rate(done, task.elapsed or 0.0))
 
         yield progress
@@ -500,6 +502,8 @@ def _lines(
     if done < total and stage in seen and now - last < LINE_EVERY_S:
         return
     seen[stage] = (began, now, first)
+    if done >= total:
+        del seen[stage]  # a stage of this name may come again
     rate = (done - first) / (now - began) if now > began else 0.0
     left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
     print(
