@@ -97,3 +97,9 @@ def test_a_stage_that_comes_again_is_timed_anew(capsys, monkeypatch):
         "evaluate: 10 of 30",
         "evaluate: 30 of 30 20/s",
     ]
+
+
+def test_upgrade_says_how_many_hooks_it_takes():
+    result = rsae("upgrade", "a", "--host", "h", "--hook", "b", "--hook", "c", "--text", "t", "--out", "o")
+    assert result.returncode == 2
+    assert "teachers: 1, --hook: 2; give one hook for all, or one for each teacher" in result.stderr

@@ -156,7 +156,9 @@ def upgrade(
         if penalty is not None and recipe != "paper":
             raise ValueError("--penalty is the l1 price of --recipe paper; the default recipe has none")
         if len(hook) not in (1, len(teacher)):
-            raise ValueError(f"{len(teacher)} teachers take one --hook or {len(teacher)}; got {len(hook)}")
+            raise ValueError(
+                f"teachers: {len(teacher)}, --hook: {len(hook)}; give one hook for all, or one for each teacher"
+            )
         config = UpgradeConfig(
             train_tokens=train_tokens,
             evaluation_tokens=evaluation_tokens,

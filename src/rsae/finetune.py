@@ -638,19 +638,12 @@ def finetune(
     _train(trainee, data, config, target, folder, progress, name)
     result = joined(trainee.export(part), start, mesh)
 
-    def finish() -> SAE[Any]:
-        matched = result
-        if config.objective == "matched-l0" and "thresholds" not in config.frozen:
-            matched = match_l0(result, _activations(held_out, mesh), target)
-        if folder is not None:
-            folder.finish(matched)
-        return matched
-
-    if mesh.devices is None:
-        return finish().to(came_on)
-    assert folder is not None
-    mesh.once(lambda: finish() and None)
-    return folder.result()
+    if mesh.ranks.is_main and config.objective == "matched-l0" and "thresholds" not in config.frozen:
+        result = match_l0(result, _activations(held_out, mesh), target)
+    if folder is not None:
+        mesh.once(lambda: folder.finish(result))
+    # Ranks beside the first have what was trained, but not what was matched
+    return result.to(came_on) if folder is None or mesh.devices is None else folder.result()
 
 
 def _train(

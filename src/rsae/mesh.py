@@ -191,7 +191,7 @@ class Mesh(NamedTuple):
 ALONE = Mesh()
 
 PER_LATENT = {
-    "W_enc", "W_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold", "log_threshold", "silent", "norms", "C_in", "C_out",
+    "W_enc", "W_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold", "log_threshold", "silent", "C_in", "C_out",
     "log_C_in", "log_C_out",
 }  # fmt: skip
 """Last parts of the names of tensors that have an entry for each latent, unless they are scalars."""
