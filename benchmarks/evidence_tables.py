@@ -49,7 +49,7 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _ran_on(cells: Iterable[Cell]) -> str:
+def ran_on(cells: Iterable[Cell]) -> str:
     """Machines and commits of the cells, in words."""
     stamps = [cell["provenance"] for cell in cells]
     machines = sorted(
@@ -81,17 +81,17 @@ def _won(cell: Cell, metric: str) -> bool:
     return cell["verdict"][metric] == "win"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines) + "\n"
 
 
-def _relative(interval: Sequence[float]) -> str:
+def relative(interval: Sequence[float]) -> str:
     mean, low, high = interval
     return f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]"
 
 
-def _nats(interval: Sequence[float]) -> str:
+def nats(interval: Sequence[float]) -> str:
     mean, low, high = interval
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
@@ -117,7 +117,7 @@ def _page(evidence: dict[str, Any]) -> str:
     millions = " and ".join(sorted({f"{cell['unique_tokens'] / 1e6:.2f}" for cell in cells}))
     parts = [
         "# RSAE minus control: the evidence\n",
-        f"`python -m benchmarks.evidence`, {_ran_on(cells)}. Every number here is from "
+        f"`python -m benchmarks.evidence`, {ran_on(cells)}. Every number here is from "
         "`evidence.json`; this page is made by the same command.\n",
         f"Text: `{evidence['text']}`, {millions} M tokens to train on, read several times; evaluation documents are from other "
         f"sources, and {evidence['shared_documents']} of them share a long line or sentence with a training document. Teachers: "
@@ -130,14 +130,14 @@ def _page(evidence: dict[str, Any]) -> str:
         "documents of the sources that are evaluated here. Both arms have the better of two learning rates tried for the control, "
         "1e-3 and 5e-4 (TopK and JumpReLU).\n",
         f"## Verdict on {len(cells)} of the grid's {evidence['grid']} cells: RSAE against the control\n",
-        _table(["", "win", "tie", "loss", "failed"], _verdicts(cells)),
+        table(["", "win", "tie", "loss", "failed"], _verdicts(cells)),
     ]
     if measured:
         parts += [
             f"RSAE against the frozen teacher: a lower FVU in {_over_teacher(measured, 'fvu')}, a lower delta-CE in "
             f"{_over_teacher(measured, 'delta_ce')} (intervals without 0).\n",
             "\n## Cells\n",
-            _table(
+            table(
                 ["host", "layer", "family", "d_sae", "L0", "seed", "FVU: teacher, control, RSAE", "RSAE - control, FVU",
                  "delta-CE: teacher, control, RSAE", "RSAE - control, delta-CE", "alive: control, RSAE", "dense: control, RSAE",
                  "L0: control, RSAE"],
@@ -164,14 +164,14 @@ def _page(evidence: dict[str, Any]) -> str:
                 "## Does latent j stay what it was?\n",
                 "Medians over latents, against the teacher's latent of the same index; `moved`: the share whose decoder direction "
                 "is nearest to another of the teacher's.\n",
-                _table([*head, "moved"], identities),
+                table([*head, "moved"], identities),
             ]
         parts += [
             *_probing(measured),
             "## Cost\n",
             "Times are an arm's own, as it ran; where other work ran beside it they say little: `python -m benchmarks.step` is the "
             "measurement of speed.\n",
-            _table(
+            table(
                 ["host", "layer", "family", "d_sae", "L0", "seed", "control, s", "RSAE, s", "scalars added", "peak memory, GB"],
                 [
                     [*_where(cell), *(f"{cell['cost']['seconds'][arm]:.0f}" for arm in ("control", "rsae")),
@@ -199,9 +199,9 @@ def _row(cell: Cell) -> list[str]:
     return [
         *_where(cell),
         of(three, "fvu", ".4f"),
-        f"{_relative(minus['fvu'])} {cell['verdict']['fvu']}",
+        f"{relative(minus['fvu'])} {cell['verdict']['fvu']}",
         of(three, "delta_ce", ".4f"),
-        f"{_nats(minus['delta_ce'])} {cell['verdict']['delta_ce']}",
+        f"{nats(minus['delta_ce'])} {cell['verdict']['delta_ce']}",
         f"{of(two, 'alive', '.2%')} {cell['verdict']['alive']}",
         f"{of(two, 'dense', '.2%')} {cell['verdict']['dense']}",
         of(two, "l0", ".2f"),
@@ -217,14 +217,14 @@ def _attribution(cell: Cell) -> str:
         found, minus = cell["arms"][arm], cell.get(f"{arm}_minus_control")
         counted = f", |z| > {found['eps']:.3g}" if "eps" in found else ""
         rows.append([
-            SAYS[arm] + counted, f"{found['fvu']:.4f}", _relative(minus["fvu"]) if minus else "", f"{found['delta_ce']:.4f}",
-            _nats(minus["delta_ce"]) if minus else "", f"{found['l0']:.1f}", f"{found['alive']:.2%}", f"{found['dense']:.2%}",
+            SAYS[arm] + counted, f"{found['fvu']:.4f}", relative(minus["fvu"]) if minus else "", f"{found['delta_ce']:.4f}",
+            nats(minus["delta_ce"]) if minus else "", f"{found['l0']:.1f}", f"{found['alive']:.2%}", f"{found['dense']:.2%}",
         ])  # fmt: skip
     head = ["arm", "FVU", "minus control", "delta-CE", "minus control", "L0", "alive", "dense"]
     title = (
         f"{short(cell['host'])}, layer {_layer(cell)}, {cell['family']}, L0 {cell['target_l0']}, seed {cell['seed']}"
     )
-    return f"### {title}\n\n" + _table(head, rows)
+    return f"### {title}\n\n" + table(head, rows)
 
 
 def _identity(cell: Cell) -> Iterable[list[str]]:
@@ -252,7 +252,7 @@ def _probing(cells: Sequence[Cell]) -> list[str]:
         "## Sparse probing\n",
         "Area under the curve of a logistic regression on k latents, mean over twelve labelled sets (never trained on), ± its "
         "standard deviation over three splits; the difference with its 95% interval over sets.\n",
-        _table(["host", "layer", "family", "L0", "k", "teacher", "control", "RSAE", "RSAE - control"], rows),
+        table(["host", "layer", "family", "L0", "k", "teacher", "control", "RSAE", "RSAE - control"], rows),
     ]
 
 
@@ -270,7 +270,7 @@ def _headline(evidence: dict[str, Any]) -> str:
     rows = []
     for (host, layer, family), cells in groups.items():
         row = [f"{host}, layer {layer}", family, str(len(cells))]
-        for metric, form in (("fvu", _relative), ("delta_ce", _nats)):
+        for metric, form in (("fvu", relative), ("delta_ce", nats)):
             values = [cell["rsae_minus_control"][metric] for cell in cells]
             mean = sum(value[0] for value in values) / len(values)
             row.append(form([mean, min(value[1] for value in values), max(value[2] for value in values)]))
@@ -284,8 +284,8 @@ def _headline(evidence: dict[str, Any]) -> str:
     head = ["host", "teacher", "seeds", "FVU, RSAE - control", "delta-CE (nats)", "alive: control, RSAE", "dense"]
     said = ", ".join(f"{wins[metric]} in {metric}" for metric in METRICS)
     return (
-        f"{_table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32, "
-        f"{millions:.1f} M tokens of fine-tuning in each arm, {_ran_on(cells)}. Measured so far: {len(cells)} of "
+        f"{table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32, "
+        f"{millions:.1f} M tokens of fine-tuning in each arm, {ran_on(cells)}. Measured so far: {len(cells)} of "
         f"{evidence['grid']} cells; RSAE wins {said}. [results/EVIDENCE.md](results/EVIDENCE.md) has each, losses too, and "
         "what the settings were chosen on.\n"
     )
