@@ -21,6 +21,7 @@ lint: .venv/installed
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fit
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m benchmarks.harvest
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.scaling

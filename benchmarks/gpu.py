@@ -2,8 +2,7 @@
 
     python -m benchmarks.gpu [--json]
 
-The steps are those of benchmarks.step. The gate runs forward and backward on a dense matrix, with scalar scales; the copy moves as
-many bytes as that must: h read and phi(h) written, then h and the gradient read and the gradient of h written.
+The steps are those of benchmarks.step, the gate and the copy those of benchmarks.gate, in two precisions.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from benchmarks.gate import gates
 from benchmarks.step import L0, Activations, median_ms, ours, saelens, without_kernels
-
-from rsae.minimax import fit_gate
-from rsae.rational import rational
 
 D_IN, D_SAE, BATCH = 2304, 16384, 4096
 
@@ -45,32 +42,6 @@ def steps(data: Activations, x: torch.Tensor, device: str) -> dict[str, Callable
     }
 
 
-def gates(batch: int, d_sae: int, device: str) -> dict[str, Callable[[], object]]:
-    """The gate, forward and backward, in two precisions, each with the copy of as many bytes."""
-    fit = fit_gate("jumprelu", (9, 8), theta=0.1, delta=0.005)
-    coeffs = [
-        torch.tensor(c, dtype=torch.float32, device=device).requires_grad_() for c in (fit.num_coeffs, fit.den_coeffs)
-    ]
-    scales = [torch.tensor(1.0, device=device, requires_grad=True) for _ in range(2)]
-    found: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        h = torch.randn(batch, d_sae, device=device).to(dtype).requires_grad_()
-        grad = torch.randn_like(h)
-        source = torch.empty(5 * h.numel() // 2, dtype=dtype, device=device)
-        target = torch.empty_like(source)
-
-        def gate(h: torch.Tensor = h, grad: torch.Tensor = grad) -> None:
-            out = rational(h, *coeffs, *scales, fit.centre, fit.scale)
-            torch.autograd.grad(out, (h, *coeffs, *scales), grad)
-
-        def copy(source: torch.Tensor = source, target: torch.Tensor = target) -> None:
-            target.copy_(source)
-
-        name = str(dtype).removeprefix("torch.")
-        found |= {f"gate_{name}": gate, f"copy_{name}": copy}
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -78,7 +49,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu needs a GPU, and torch sees none; benchmarks.step is the same on a CPU")
     data = Activations(D_IN, D_SAE)
-    found = {**steps(data, next(data.batches(BATCH, seed=0)), "cuda"), **gates(BATCH, D_SAE, "cuda")}
+    found = steps(data, next(data.batches(BATCH, seed=0)), "cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        named = gates(BATCH, D_SAE, "cuda", dtype)
+        found |= {f"{name}_{str(dtype).removeprefix('torch.')}": step for name, step in named.items()}
     ms = {name: median_ms(finished(step)) for name, step in found.items()}
     result: dict[str, Any] = {
         "tokens_per_s": round(1e3 * BATCH / ms["rsae"]),

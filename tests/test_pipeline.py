@@ -267,3 +267,15 @@ class TestRefusals:
         (tmp_path / "o").mkdir()
         (tmp_path / "o" / "thesis.tex").write_text("keep me")
         self.refused("not empty", teacher, host, HOOK, text, out=tmp_path / "o")
+
+
+def test_an_upgrade_without_stored_activations(demo_run, host, text, tmp_path):
+    teacher = demo_run[0] / "topk" / "teacher"
+    found = upgrade(teacher, host, HOOK, text, tmp_path / "run", config=replace(CONFIG, train_tokens=None), trust=True)
+    assert not (tmp_path / "run" / "acts" / "train").exists()
+    assert read_json(tmp_path / "run" / "run.json")["done"]
+    assert found["rsae"]["fvu"] != found["init"]["fvu"]
+    logs = [
+        json.loads((tmp_path / "run" / arm / "log.jsonl").read_text().splitlines()[-1]) for arm in ("control", "rsae")
+    ]
+    assert [log["step"] for log in logs] == [12, 12]

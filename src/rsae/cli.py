@@ -129,7 +129,10 @@ def upgrade(
     trust: Annotated[
         bool, typer.Option("--trust", help="Go on although another reading of the teacher is clearly better.")
     ] = False,
-    train_tokens: Annotated[int, typer.Option(help="Activations harvested to train on.")] = 1_000_000,
+    train_tokens: Annotated[int | None, typer.Option(help="Activations to train on; default 1,000,000.")] = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Store none to train on: the host runs while each arm trains.")
+    ] = False,
     evaluation_tokens: Annotated[int, typer.Option(help="Held-out tokens that the arms are compared on.")] = 200_000,
     recipe: Annotated[
         Literal["hard", "paper"],
@@ -159,8 +162,10 @@ def upgrade(
             raise ValueError(
                 f"teachers: {len(teacher)}, --hook: {len(hook)}; give one hook for all, or one for each teacher"
             )
+        if online and train_tokens is not None:
+            raise ValueError("--online reads as many tokens as the steps take: leave out --train-tokens")
         config = UpgradeConfig(
-            train_tokens=train_tokens,
+            train_tokens=None if online else train_tokens or 1_000_000,
             evaluation_tokens=evaluation_tokens,
             recipe=recipe,
             finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty),

@@ -10,7 +10,7 @@
 
 typedef int64_t i64;
 
-enum { LANES = 32, BLOCK = 256 };
+enum { LANES = 32, BLOCK = 256, WIDE = 16 };
 
 static inline float widen(uint16_t bfloat16) {
     uint32_t bits = (uint32_t)bfloat16 << 16;
@@ -199,77 +199,102 @@ void sort_by_key(i64 n, const i64 *key, i64 *next, i64 *order) {
     for (i64 e = 0; e < n; e++) order[next[key[e]]++] = e;
 }
 
-/* The rational gate (rational.py), in blocks of BLOCK; steps of 0 or 1 in C_in and C_out: one for all, or one each. */
-static void horner(const float *coeffs, i64 n, const float *u, i64 m, float *out) {
-    for (i64 e = 0; e < m; e++) out[e] = n > 0 ? coeffs[n - 1] : 0.0f;
-    for (i64 c = n - 2; c >= 0; c--)
-        for (i64 e = 0; e < m; e++) out[e] = out[e] * u[e] + coeffs[c];
+/* The rational gate (rational.py), in blocks of BLOCK, WIDE elements at a time. In C_in and C_out a step of 0 is one for all, 1 one
+ * each. */
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef int32_t mask __attribute__((vector_size(4 * WIDE)));
+
+static inline wide pick(mask where, wide a, wide b) { return (wide)((where & (mask)a) | (~where & (mask)b)); }
+static inline wide all(float value) { return value - (wide){0}; }
+static inline wide clamp(wide t) { return pick(t < -1.0f, all(-1.0f), pick(t > 1.0f, all(1.0f), t)); }
+static inline wide positive(wide t) { return pick(t < 0.0f, all(0.0f), t); }
+static inline wide absolute(wide t) { return (wide)((mask)t & 0x7fffffff); }
+
+/* WIDE of `from` (step 1), of which there are m and then `pad`, or WIDE times its only value (step 0). */
+static inline wide load(const float *from, i64 step, i64 first, i64 m, float pad) {
+    if (!step) return all(*from);
+    wide out = all(pad);
+    memcpy(&out, from + first, (m < WIDE ? m : WIDE) * sizeof(float));
+    return out;
 }
 
-/* out[c] = sum of w u^c, c = 0 ... n - 1; w is used up. */
-static void power_sums(float *w, const float *u, i64 m, i64 n, double *out) {
-    for (i64 c = 0; c < n; c++) {
-        double sum = 0.0;
-        for (i64 e = 0; e < m; e++) {
-            sum += w[e];
-            w[e] *= u[e];
-        }
-        out[c] = sum;
-    }
+static inline void store(wide value, i64 first, i64 m, float *into) {
+    memcpy(into + first, &value, (m < WIDE ? m : WIDE) * sizeof(float));
+}
+
+static inline wide horner(const float *coeffs, i64 n, wide u) {
+    wide value = all(coeffs[n - 1]);
+    for (i64 c = n - 2; c >= 0; c--) value = value * u + coeffs[c];
+    return value;
+}
+
+static double total_of(wide value) {
+    double total = 0.0;
+    for (i64 lane = 0; lane < WIDE; lane++) total += value[lane];
+    return total;
 }
 
 void rational_forward(i64 size, i64 total, const float *h, const float *C_in, i64 step_in, const float *C_out, i64 step_out,
                       const float *num, i64 n_num, const float *den, i64 n_den, float centre, float scale, float *out) {
+    float narrower = 1.0f / scale;
 #pragma omp parallel for schedule(static)
     for (i64 block = 0; block < size; block++) {
-        float u[BLOCK], P[BLOCK], A[BLOCK];
-        i64 first = block * BLOCK, m = total - first < BLOCK ? total - first : BLOCK;
-        for (i64 e = 0; e < m; e++) {
-            float t = h[first + e] / C_in[step_in * (first + e)];
-            t = t < -1.0f ? -1.0f : t > 1.0f ? 1.0f : t;
-            u[e] = (t - centre) / scale;
-        }
-        horner(num, n_num, u, m, P);
-        horner(den, n_den, u, m, A);
-        for (i64 e = 0; e < m; e++) {
-            float in = C_in[step_in * (first + e)], by = C_out[step_out * (first + e)], beyond = h[first + e] - in;
-            beyond = beyond > 0.0f ? beyond : 0.0f;
-            out[first + e] = P[e] / (1.0f + fabsf(A[e])) * by + beyond * (by / in);
+        i64 last = (block + 1) * BLOCK < total ? (block + 1) * BLOCK : total;
+        for (i64 e = block * BLOCK; e < last; e += WIDE) {
+            wide x = load(h, 1, e, last - e, 0.0f);
+            wide in = load(C_in, step_in, e, last - e, 1.0f), by = load(C_out, step_out, e, last - e, 1.0f);
+            wide u = (clamp(x / in) - centre) * narrower;
+            wide r = horner(num, n_num, u) / (1.0f + absolute(horner(den, n_den, u)));
+            store(r * by + positive(x - in) * (by / in), e, last - e, out);
         }
     }
 }
 
-/* Gradients in h, C_in and C_out for each element; those of the coefficients for each block, (blocks, n_num) and (blocks, n_den). */
+/* Gradient in h for each element; those of the coefficients for each block, (blocks, n_num) and (blocks, n_den), and so are those
+ * of C_in and C_out that are one for all; of the others for each element. */
 void rational_backward(i64 size, i64 total, const float *h, const float *grad, const float *C_in, i64 step_in,
                        const float *C_out, i64 step_out, const float *num, const float *num_prime, i64 n_num, const float *den,
                        const float *den_prime, i64 n_den, float centre, float scale, float *d_h, float *d_C_in, float *d_C_out,
-                       double *d_num, double *d_den) {
+                       double *d_num, double *d_den, double *sum_in, double *sum_out) {
+    float narrower = 1.0f / scale;
 #pragma omp parallel for schedule(static)
     for (i64 block = 0; block < size; block++) {
-        float u[BLOCK], t[BLOCK], P[BLOCK], A[BLOCK], P1[BLOCK], A1[BLOCK], w[BLOCK], v[BLOCK];
-        i64 first = block * BLOCK, m = total - first < BLOCK ? total - first : BLOCK;
-        for (i64 e = 0; e < m; e++) {
-            t[e] = h[first + e] / C_in[step_in * (first + e)];
-            float clamped = t[e] < -1.0f ? -1.0f : t[e] > 1.0f ? 1.0f : t[e];
-            u[e] = (clamped - centre) / scale;
+        i64 last = (block + 1) * BLOCK < total ? (block + 1) * BLOCK : total;
+        wide sums[n_num + n_den], all_in = {0}, all_out = {0};
+        for (i64 c = 0; c < n_num + n_den; c++) sums[c] = all(0.0f);
+        for (i64 e = block * BLOCK; e < last; e += WIDE) {
+            wide x = load(h, 1, e, last - e, 0.0f), g = load(grad, 1, e, last - e, 0.0f);
+            wide in = load(C_in, step_in, e, last - e, 1.0f), by = load(C_out, step_out, e, last - e, 1.0f);
+            wide t = x / in, u = (clamp(t) - centre) * narrower;
+            wide A = horner(den, n_den, u), A1 = horner(den_prime, n_den > 1 ? n_den - 1 : 1, u);
+            wide P1 = horner(num_prime, n_num > 1 ? n_num - 1 : 1, u);
+            wide of_Q = 1.0f / (1.0f + absolute(A)), r = horner(num, n_num, u) * of_Q;
+            wide sign = pick(A > 0.0f, all(1.0f), pick(A < 0.0f, all(-1.0f), all(0.0f)));
+            wide slope = (P1 - r * sign * A1) * of_Q * narrower;
+            slope = pick(t > 1.0f, all(1.0f), pick(t > -1.0f, slope, all(0.0f)));
+            wide d = g * (by / in) * slope, w = g * by * of_Q, v = -w * r * sign;
+            wide d_in = -d * t, d_out = g * (r + positive(t - 1.0f));
+            store(d, e, last - e, d_h);
+            if (step_in)
+                store(d_in, e, last - e, d_C_in);
+            else
+                all_in += d_in;
+            if (step_out)
+                store(d_out, e, last - e, d_C_out);
+            else
+                all_out += d_out;
+            for (i64 c = 0; c < n_num; c++) {
+                sums[c] += w;
+                w *= u;
+            }
+            for (i64 c = 0; c < n_den; c++) {
+                sums[n_num + c] += v;
+                v *= u;
+            }
         }
-        horner(num, n_num, u, m, P);
-        horner(den, n_den, u, m, A);
-        horner(num_prime, n_num > 1 ? n_num - 1 : 1, u, m, P1);
-        horner(den_prime, n_den > 1 ? n_den - 1 : 1, u, m, A1);
-        for (i64 e = 0; e < m; e++) {
-            float in = C_in[step_in * (first + e)], by = C_out[step_out * (first + e)], g = grad[first + e];
-            float sign = (float)((A[e] > 0.0f) - (A[e] < 0.0f)), Q = 1.0f + fabsf(A[e]), r = P[e] / Q;
-            float slope = (P1[e] - r * sign * A1[e]) / Q / scale;
-            slope = t[e] > 1.0f ? 1.0f : t[e] > -1.0f ? slope : 0.0f;
-            float through = g * (by / in) * slope, beyond = t[e] - 1.0f;
-            d_h[first + e] = through;
-            d_C_in[first + e] = -through * t[e];
-            d_C_out[first + e] = g * (r + (beyond > 0.0f ? beyond : 0.0f));
-            w[e] = g * by / Q;
-            v[e] = -w[e] * r * sign;
-        }
-        power_sums(w, u, m, n_num, d_num + block * n_num);
-        power_sums(v, u, m, n_den, d_den + block * n_den);
+        for (i64 c = 0; c < n_num; c++) d_num[block * n_num + c] = total_of(sums[c]);
+        for (i64 c = 0; c < n_den; c++) d_den[block * n_den + c] = total_of(sums[n_num + c]);
+        sum_in[block] = total_of(all_in);
+        sum_out[block] = total_of(all_out);
     }
 }

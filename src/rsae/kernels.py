@@ -83,7 +83,7 @@ class Kernels(Protocol):
     def rational_forward(
         self, h: Tensor, C_in: Tensor, C_out: Tensor, num: Tensor, den: Tensor, centre: float, scale: float
     ) -> Tensor:
-        """phi(h) of `rsae.rational`, (n,) in the dtype of h; C_in and C_out are scalars or (n,), `den` has a constant term."""
+        """phi(h) of `rsae.rational`, as h in shape and dtype; C_in and C_out are scalars or as h, `den` has a constant term."""
         ...
 
     def rational_backward(
@@ -191,8 +191,8 @@ class Compiled:
     ) -> Tensor:
         out = torch.empty_like(h)
         self.call(
-            "rational_forward", -(-h.numel() // BLOCK), h.numel(), h, C_in, C_in.ndim, C_out, C_out.ndim, num, len(num), den,
-            len(den), centre, scale, out,
+            "rational_forward", -(-h.numel() // BLOCK), h.numel(), h, C_in, min(C_in.ndim, 1), C_out, min(C_out.ndim, 1), num,
+            len(num), den, len(den), centre, scale, out,
         )  # fmt: skip
         return out
 
@@ -210,13 +210,21 @@ class Compiled:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         blocks = -(-h.numel() // BLOCK)
-        d_h, d_C_in, d_C_out = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
+        d_h = torch.empty_like(h)
+        d_C_in, d_C_out = (torch.empty_like(h) if C.ndim else None for C in (C_in, C_out))
         d_num, d_den = (torch.empty(blocks, len(c), dtype=torch.float64) for c in (num, den))
+        sum_in, sum_out = torch.empty(blocks, dtype=torch.float64), torch.empty(blocks, dtype=torch.float64)
         self.call(
-            "rational_backward", blocks, h.numel(), h, grad, C_in, C_in.ndim, C_out, C_out.ndim, num, num_prime, len(num), den,
-            den_prime, len(den), centre, scale, d_h, d_C_in, d_C_out, d_num, d_den,
+            "rational_backward", blocks, h.numel(), h, grad, C_in, min(C_in.ndim, 1), C_out, min(C_out.ndim, 1), num, num_prime,
+            len(num), den, den_prime, len(den), centre, scale, d_h, d_C_in, d_C_out, d_num, d_den, sum_in, sum_out,
         )  # fmt: skip
-        return d_h, d_C_in.sum_to_size(C_in.shape), d_C_out.sum_to_size(C_out.shape), d_num.sum(0), d_den.sum(0)
+        return (
+            d_h,
+            sum_in.sum().float() if d_C_in is None else d_C_in,
+            sum_out.sum().float() if d_C_out is None else d_C_out,
+            d_num.sum(0),
+            d_den.sum(0),
+        )
 
 
 def _passed(argument: Tensor | int | float | None) -> Any:

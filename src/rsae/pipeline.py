@@ -23,6 +23,7 @@ from rsae.harvest import ActivationStore, division, harvest_all
 from rsae.hosts import Host, load_host
 from rsae.identity import identity as compare_latents
 from rsae.mesh import ALONE, Mesh
+from rsae.online import OnlineActivations
 from rsae.preflight import preflight
 from rsae.pretrain import Family, pretrain
 from rsae.rational import Support
@@ -45,8 +46,8 @@ PAPER_PENALTY = 0.3
 class UpgradeConfig:
     """How much data an upgrade takes, and how it fine-tunes."""
 
-    train_tokens: int = 1_000_000
-    """Activations harvested to train on."""
+    train_tokens: int | None = 1_000_000
+    """Activations harvested to train on; None: none are, the host runs while each arm trains (`rsae.online.OnlineActivations`)."""
     validation_tokens: int = 60_000
     """Activations of held-out documents on which L0 is measured and matched."""
     evaluation_tokens: int = 200_000
@@ -72,7 +73,7 @@ class Data:
 
     host: Host
     hook: str
-    train: ActivationStore
+    train: ActivationStore | OnlineActivations
     validation: ActivationStore
     evaluation: Contexts
 
@@ -110,7 +111,14 @@ class Data:
             with mesh.ranks.main_first():  # too little for all to have a part of: the others find it done
                 return harvest_all(host, into, text, progress=progress, ranks=ALONE.ranks, **how)
 
-        train, validation = stores("train", config.train_tokens), stores("validation", config.validation_tokens)
+        train: Mapping[str, ActivationStore | OnlineActivations]
+        if config.train_tokens is None:
+            train = {
+                hook: OnlineActivations(host, hook, text, context_length=config.context_length) for hook in folders
+            }
+        else:
+            train = stores("train", config.train_tokens)
+        validation = stores("validation", config.validation_tokens)
         evaluation = evaluation_contexts(
             host.tokenizer, text, n_tokens=config.evaluation_tokens, context_length=config.context_length
         )
@@ -137,8 +145,8 @@ def upgrade(
     Before anything else the teacher's conventions are put to the test (`rsae.preflight.preflight`). The control of a teacher
     that is an RSAE already is the same one, trained on with its gate as it is.
 
-    Leaves in `out`: preflight.json, acts/ (activations), teacher/, control/, init/, rsae/ (SAELens checkpoints; the two
-    trained ones with log.jsonl), metrics.json, gate.json, run.json and report.html. A finished stage is not run again, a
+    Leaves in `out`: preflight.json, acts/ (activations that are stored), teacher/, control/, init/, rsae/ (SAELens checkpoints;
+    the two trained ones with log.jsonl), metrics.json, gate.json, run.json and report.html. A finished stage is not run again, a
     killed one continues.
 
     Args:
@@ -605,12 +613,12 @@ def _record(
         family=family,
         host=data.host.spec,
         hook=data.hook,
-        text=data.train.meta["config"]["text"],
+        text=ledger.identity["text"],
         target_l0=trained["target_l0"],
         d_in=data.train.d_in,
         d_sae=arms["teacher"].cfg.d_sae,
         tokens={
-            "train": data.train.n_tokens,
+            **({"train": data.train.n_tokens} if isinstance(data.train, ActivationStore) else {}),
             "validation": data.validation.n_tokens,
             "finetune": config.finetune.steps * config.finetune.batch_size,
             "evaluation": metrics["teacher"]["n_tokens"],

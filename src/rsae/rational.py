@@ -124,9 +124,9 @@ class _Rational(torch.autograd.Function):
 
 
 def _kernels(h: Tensor, *others: Tensor) -> kernels.Kernels | None:
-    """The kernels, if they take these: a list of entries, with scales for all or for each."""
+    """The kernels, if they take these: scales are for all entries or for each."""
     C_in, C_out = others[-2:]
-    fits = h.ndim == 1 and all(C.ndim == 0 or C.shape == h.shape for C in (C_in, C_out))
+    fits = 0 < h.numel() < 2**31 and all(C.ndim == 0 or C.shape == h.shape for C in (C_in, C_out))
     return kernels.usable(h, *others) if fits else None
 
 

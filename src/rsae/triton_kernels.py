@@ -301,8 +301,8 @@ def rational_forward(
 ) -> Tensor:
     out = torch.empty_like(h)
     _launch(
-        _rational_forward_kernel, (_programs(len(h), GATED),), h, C_in, C_out, num, den, out, len(h), centre, scale,
-        STEP_IN=C_in.ndim, STEP_OUT=C_out.ndim, N_NUM=len(num), N_DEN=len(den), BLOCK=GATED,
+        _rational_forward_kernel, (_programs(h.numel(), GATED),), h, C_in, C_out, num, den, out, h.numel(), centre, scale,
+        STEP_IN=min(C_in.ndim, 1), STEP_OUT=min(C_out.ndim, 1), N_NUM=len(num), N_DEN=len(den), BLOCK=GATED,
     )  # fmt: skip
     return out
 
@@ -319,13 +319,14 @@ def rational_backward(
     centre: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    programs = _programs(len(h), GATED)
+    programs = _programs(h.numel(), GATED)
     d_h = torch.empty_like(h)
     d_C_in, d_C_out = (torch.empty_like(C) if C.ndim else None for C in (C_in, C_out))
     partial = h.new_empty(programs, len(num) + len(den) + 2, dtype=torch.float32)
     _launch(
         _rational_backward_kernel, (programs,), h, grad, C_in, C_out, num, num_prime, den, den_prime, d_h, d_C_in, d_C_out,
-        partial, len(h), centre, scale, STEP_IN=C_in.ndim, STEP_OUT=C_out.ndim, N_NUM=len(num), N_DEN=len(den), BLOCK=GATED,
+        partial, h.numel(), centre, scale, STEP_IN=min(C_in.ndim, 1), STEP_OUT=min(C_out.ndim, 1), N_NUM=len(num),
+        N_DEN=len(den), BLOCK=GATED,
     )  # fmt: skip
     d_num, d_den, for_in, for_out = partial.sum(0).split([len(num), len(den), 1, 1])
     return (
