@@ -248,9 +248,12 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / target.name
             command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
-            options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
-            if subprocess.run([*command, OPENMP], **options).returncode != 0:  # a compiler without it: one thread
-                subprocess.run(command, **options, check=True)
+            options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, "check": True}
+            try:
+                subprocess.run([*command, OPENMP], **options)
+                ctypes.CDLL(str(made))
+            except (OSError, subprocess.SubprocessError):  # a compiler without OpenMP, or without its library: one thread
+                subprocess.run(command, **options)
             os.replace(made, target)
     return target
 
