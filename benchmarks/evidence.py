@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -46,6 +46,7 @@ from rsae.text import Contexts, shared_documents
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RESULTS = ROOT / "runs" / "evidence", ROOT / "results"
@@ -60,7 +61,9 @@ TEACHER = FinetuneConfig(
     surrogate=Surrogate("rectangle", bandwidth=0.8, strength=0.0, crowding=0.0), checkpoint_every=500,
 )  # fmt: skip
 """Written out, so that teachers stay what they are when the defaults of an upgrade change."""
-FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
+RATES: dict[Family, float] = {"relu": 1e-3, "jumprelu": 2e-3, "topk": 1e-3}
+"""Learning rate of all fine-tuned arms: the one that the control is best with (results/SEARCH.md; a ReLU's was not searched)."""
+FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, checkpoint_every=500)
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
 """220,000 tokens of text leave more than 200,000 that are measured."""
 IDENTITY = 160
@@ -128,10 +131,15 @@ def grid() -> list[Cell]:
     middle = [(host, layers[1]) for host, layers in LAYERS.items()]
     outer = [(host, layer) for host, layers in LAYERS.items() for layer in (layers[0], layers[2])]
     cells = [Cell(host, layer, family, 32, 0) for host, layer in middle for family in FAMILIES]
+    cells += [Cell(host, layer, family, 32, seed) for host, layer in middle for seed in (1, 2) for family in FAMILIES]
     cells += [Cell(host, layer, family, l0, 0) for host, layer in middle for l0 in (16, 64) for family in FAMILIES]
-    cells += [Cell(host, layer, family, 32, seed) for seed in (1, 2) for host, layer in middle for family in FAMILIES]
     cells += [Cell(host, layer, family, 32, 0) for host, layer in outer for family in FAMILIES]
     return [*cells, Cell("package:gemma3-270m", 9, "topk", 32, 0, expansion=25)]  # 16,000 latents
+
+
+def fine_tuning(family: Family) -> FinetuneConfig:
+    """How the arms of a family are fine-tuned, before ARMS changes one."""
+    return replace(FINETUNE, lr=RATES[family])
 
 
 def start(kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
@@ -165,7 +173,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         saes["init"] = start("init", teacher, data, cell.seed)
     failed_arms = {}
     for name in arms:
-        how = replace(FINETUNE, target_l0=l0, seed=cell.seed, **ARMS[name].change)
+        how = replace(fine_tuning(cell.family), target_l0=l0, seed=cell.seed, **ARMS[name].change)
         try:
             saes[name] = finetune(
                 start(ARMS[name].start, teacher, data, cell.seed), data.train, how, held_out=data.validation, out=out / name,
@@ -235,10 +243,10 @@ def _thresholds(teacher: SAE[Any]) -> int:
     return teacher.cfg.d_sae if teacher.cfg.architecture() == "jumprelu" else 0
 
 
-def settings() -> dict[str, Any]:
+def settings(family: Family) -> dict[str, Any]:
     """What a cell's numbers depend on besides its name."""
     return {
-        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(FINETUNE), "data": asdict(DATA),
+        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(fine_tuning(family)), "data": asdict(DATA),
         "arms": {name: [arm.start, arm.change | _plain(arm.change)] for name, arm in ARMS.items()},
     }  # fmt: skip
 
@@ -254,14 +262,29 @@ def about(cell: Cell, data: Data) -> dict[str, Any]:
         "host": cell.host, "hook": cell.hook, "is_middle": cell.layer == LAYERS[cell.host][1],
         "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
-        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings()), "provenance": provenance(),
+        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell.family)), "provenance": provenance(),
     }  # fmt: skip
 
 
 def gather(cell: Cell, progress: Progress | None) -> Data:
     """The host of a cell, and the activations that all cells of its hook share."""
     folder = RUNS / "acts" / short(cell.host) / cell.hook
-    return Data.gather(load_host(cell.host), cell.hook, TEXT, folder, DATA, progress)
+    host = load_host(cell.host)
+    host.activations = remembered(host.activations)
+    return Data.gather(host, cell.hook, TEXT, folder, DATA, progress)
+
+
+def remembered(run: Callable[[Tensor, str], Tensor]) -> Callable[[Tensor, str], Tensor]:
+    """The same function, run once for the same tokens: all cells of a hook are measured on the same text."""
+    kept: dict[tuple[str, bytes], Tensor] = {}
+
+    def activations(tokens: Tensor, hook: str) -> Tensor:
+        key = (hook, tokens.numpy().tobytes())
+        if key not in kept:
+            kept[key] = run(tokens, hook)
+        return kept[key]
+
+    return activations
 
 
 def attempt(cell: Cell, arms: Sequence[str], data: Data, progress: Progress | None) -> dict[str, Any]:
@@ -279,7 +302,7 @@ def save(evidence: dict[str, Any], cells: Iterable[dict[str, Any]]) -> None:
     order = {cell.name: i for i, cell in enumerate(grid())}
     stamp = provenance()
     evidence |= {"commit": stamp["commit"], "machine": stamp["machine"]}
-    evidence |= {"settings": settings(), "settings_hash": config_hash(settings()), "grid": len(order)}
+    evidence |= {"settings": {family: settings(family) for family in FAMILIES}, "grid": len(order)}
     evidence["cells"] = sorted(cells, key=lambda cell: order.get(cell["name"], len(order)))
     write_json(RESULTS / "evidence.json", evidence)
 
@@ -307,7 +330,7 @@ def main() -> None:
             arms = MAIN if arguments.main or arguments.probe else cell.arms
             is_done = bool(
                 done
-                and done["settings"] == config_hash(settings())
+                and done["settings"] == config_hash(settings(cell.family))
                 and (done["failed"] or set(arms) <= set(done["arms"]))
             )
             if time.monotonic() > deadline:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsae.artefacts import atomic
+from rsae.artefacts import atomic, config_hash
 
 MARKS = ("<!-- evidence: made by python -m benchmarks.evidence -->", "<!-- /evidence -->")
 COLOURS = {"teacher": "#8d99ae", "control": "#30638e", "rsae": "#d1495b"}
@@ -33,7 +33,8 @@ Cell = dict[str, Any]
 def write_tables(evidence: dict[str, Any], out: Path) -> None:
     """Write everything that shows `evidence`: in `out`, and in the README beside it."""
     # What was measured with other settings stays in the file and out of the tables
-    cells = [cell for cell in evidence["cells"] if cell["settings"] == evidence.get("settings_hash")]
+    current = {family: config_hash(settings) for family, settings in evidence.get("settings", {}).items()}
+    cells = [cell for cell in evidence["cells"] if cell["settings"] == current.get(cell["family"])]
     evidence = {**evidence, "cells": cells}
     _write(out / "EVIDENCE.md", _page(evidence))
     for host in _hosts(cells):
@@ -113,7 +114,8 @@ def _page(evidence: dict[str, Any]) -> str:
     cells = evidence["cells"]
     measured = [cell for cell in cells if _measured(cell)]
     settings = evidence["settings"]
-    finetune, teacher = settings["finetune"], settings["teacher"]
+    finetune, teacher = _finetune(evidence), settings["topk"]["teacher"]
+    rates = ", ".join(f"{found['finetune']['lr']:g} ({family})" for family, found in settings.items())
     millions = " and ".join(sorted({f"{cell['unique_tokens'] / 1e6:.2f}" for cell in cells}))
     parts = [
         "# RSAE minus control: the evidence\n",
@@ -122,13 +124,13 @@ def _page(evidence: dict[str, Any]) -> str:
         f"Text: `{evidence['text']}`, {millions} M tokens to train on, read several times; evaluation documents are from other "
         f"sources, and {evidence['shared_documents']} of them share a long line or sentence with a training document. Teachers: "
         f"{teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g}. Every fine-tuned arm: {finetune['steps']} "
-        f"steps more on the same batches, lr {finetune['lr']:g}, mean L0 matched to the teacher's on validation text, exact zeros "
+        f"steps more on the same batches, lr {rates}, mean L0 matched to the teacher's on validation text, exact zeros "
         "counted (the arms that say otherwise apart). Differences: relative for FVU, nats per token for delta-CE, with the 95% "
         "interval of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 percentage "
         "point.\n",
         "The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK and JumpReLU, with seed 0, on other "
-        "documents of the sources that are evaluated here. Both arms have the better of two learning rates tried for the control, "
-        "1e-3 and 5e-4 (TopK and JumpReLU).\n",
+        "documents of the sources that are evaluated here. The same search was made for the control ([SEARCH.md](SEARCH.md)), and "
+        "both arms have the learning rate that it is best with (a ReLU's was not searched).\n",
         f"## Verdict on {len(cells)} of the grid's {evidence['grid']} cells: RSAE against the control\n",
         table(["", "win", "tie", "loss", "failed"], _verdicts(cells)),
     ]
@@ -279,7 +281,7 @@ def _headline(evidence: dict[str, Any]) -> str:
         rows.append(row)
     cells = evidence["cells"]
     wins = {metric: sum(_won(cell, metric) for cell in cells) for metric in METRICS}
-    finetune = evidence["settings"]["finetune"]
+    finetune = _finetune(evidence)
     millions = finetune["steps"] * finetune["batch_size"] / 1e6
     head = ["host", "teacher", "seeds", "FVU, RSAE - control", "delta-CE (nats)", "alive: control, RSAE", "dense"]
     said = ", ".join(f"{wins[metric]} in {metric}" for metric in METRICS)
@@ -289,6 +291,11 @@ def _headline(evidence: dict[str, Any]) -> str:
         f"{evidence['grid']} cells; RSAE wins {said}. [results/EVIDENCE.md](results/EVIDENCE.md) has each, losses too, and "
         "what the settings were chosen on.\n"
     )
+
+
+def _finetune(evidence: dict[str, Any]) -> dict[str, Any]:
+    """What is the same in all families of how arms are fine-tuned."""
+    return next(iter(evidence["settings"].values()))["finetune"]
 
 
 def _mean_share(cells: Sequence[Cell], arm: str, metric: str) -> str:

@@ -31,6 +31,7 @@ from rsae.text import evaluation_contexts
 
 HOST, LAYER = "package:smollm2-135m", 15
 TOKENS, CE_TOKENS = 60_000, 32_768
+LR = 1e-3
 
 CONTROL = {
     "control": {},
@@ -57,7 +58,7 @@ RSAE = {
 }
 VARIATIONS: dict[Family, dict[str, dict[str, Any]]] = {
     "topk": CONTROL | RSAE,
-    "jumprelu": CONTROL | THRESHOLDS | RSAE,
+    "jumprelu": CONTROL | THRESHOLDS | RSAE | {"rsae, lr 2e-3, gate rate 5e-4": {"lr": 2e-3, "gate_lr": 5e-4}},
 }
 
 
@@ -73,7 +74,8 @@ def search(family: Family, names: list[str], progress: Progress | None) -> dict[
     arms: dict[str, Any] = {}
     for name in dict.fromkeys(["control", *names]):
         arm: Arm = ARMS[name.split(",")[0]]
-        how = replace(FINETUNE, target_l0=l0, seed=cell.seed, **arm.change | VARIATIONS[family][name])
+        how = replace(FINETUNE, lr=LR, target_l0=l0, seed=cell.seed)
+        how = replace(how, **arm.change | VARIATIONS[family][name])
         arms[name] = finetune(
             start(arm.start, teacher, data, cell.seed), data.train, how, held_out=data.validation,
             out=RUNS.parent / "search" / family / name.replace(", ", "-").replace(" ", "-"), progress=progress, name=name,

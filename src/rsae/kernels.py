@@ -252,7 +252,10 @@ def _compiled(compiler: str) -> Path:
             try:
                 subprocess.run([*command, OPENMP], **options)
                 ctypes.CDLL(str(made))
-            except (OSError, subprocess.SubprocessError):  # a compiler without OpenMP, or without its library: one thread
+            except (
+                OSError,
+                subprocess.SubprocessError,
+            ):  # a compiler without OpenMP, or without its library: one thread
                 subprocess.run(command, **options)
             os.replace(made, target)
     return target
