@@ -56,9 +56,21 @@ RSAE = {
     "rsae, alpha 0": {"alpha": 0.0},
     "rsae, gate rate 2e-3": {"gate_lr": 2e-3},
 }
+AT_TWICE_THE_RATE = {
+    "gate rate 5e-4": {"gate_lr": 5e-4},
+    "strength 0.3": {"surrogate": Surrogate(strength=0.3)},
+    "strength 0.4": {"surrogate": Surrogate(strength=0.4)},
+    "bandwidth 0.3": {"surrogate": Surrogate(bandwidth=0.3)},
+    "alpha 0": {"alpha": 0.0},
+    "crowding 5": {"surrogate": Surrogate(crowding=5.0)},
+}
+"""From a JumpReLU, whose control is best with it."""
 VARIATIONS: dict[Family, dict[str, dict[str, Any]]] = {
     "topk": CONTROL | RSAE,
-    "jumprelu": CONTROL | THRESHOLDS | RSAE | {"rsae, lr 2e-3, gate rate 5e-4": {"lr": 2e-3, "gate_lr": 5e-4}},
+    "jumprelu": CONTROL
+    | THRESHOLDS
+    | RSAE
+    | {f"rsae, lr 2e-3, {name}": {"lr": 2e-3, **change} for name, change in AT_TWICE_THE_RATE.items()},
 }
 
 
