@@ -217,7 +217,7 @@ def _attribution(cell: Cell) -> str:
     rows = []
     for arm in arms:
         found, minus = cell["arms"][arm], cell.get(f"{arm}_minus_control")
-        counted = f", |z| > {found['eps']:.3g}" if "eps" in found else ""
+        counted = f", z above {found['eps']:.3g} in size" if "eps" in found else ""
         rows.append([
             SAYS[arm] + counted, f"{found['fvu']:.4f}", relative(minus["fvu"]) if minus else "", f"{found['delta_ce']:.4f}",
             nats(minus["delta_ce"]) if minus else "", f"{found['l0']:.1f}", f"{found['alive']:.2%}", f"{found['dense']:.2%}",

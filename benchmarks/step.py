@@ -71,7 +71,7 @@ def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[Spars
         teacher.b_enc.fill_(-0.22)  # so that the tail of the interference is as thin as a trained encoder's
     init = calibrate(RationalSAE.from_teacher(teacher), [x]).to(ALONE.device)
     config = FinetuneConfig()
-    trainee = trainee_for(_ready_to_train(init, data, config, data.l0, ALONE), 1.0, config).to(device)
+    trainee = trainee_for(_ready_to_train(init, [x], config, data.l0, ALONE), 1.0, config).to(device)
     x = x.to(device)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
 
