@@ -43,6 +43,35 @@ def test_l0_is_matched(make_teacher, x, family, l0):
         assert torch.equal(tensor, before[name]), f"{name} of the SAE that was given has changed"
 
 
+def test_l0_is_matched_where_some_rows_have_far_more(make_teacher, x):
+    sae = make_teacher("jumprelu")
+    with torch.no_grad():
+        sae.threshold.clamp_(min=0.05)
+    uneven = x * torch.where(torch.arange(len(x)) % 20 == 0, 8.0, 1.0)[:, None]
+    matched = match_l0(sae, [uneven], 1.0)
+    assert mean_l0(matched, [uneven]) == pytest.approx(1.0, abs=2 / len(x))
+    assert (matched.encode(uneven) != 0).sum(1).max() > 5
+    with pytest.raises(ValueError, match="larger batches"):
+        match_l0(sae, uneven.split(1), 1.0)
+
+
+def test_one_threshold_where_the_k_largest_are_by_norm(make_teacher, x):
+    teacher = make_teacher("topk")
+    teacher.cfg.rescale_acts_by_decoder_norm = True
+    with torch.no_grad():
+        teacher.W_dec.mul_(torch.linspace(0.2, 3, len(teacher.W_dec))[:, None])
+    sae = RationalSAE.from_teacher(teacher, threshold=calibrate_threshold(teacher, [x]))
+    assert mean_l0(sae, [x]) == pytest.approx(5.0, abs=2 / len(x))
+
+
+def test_no_active_latent_is_said(make_teacher, x):
+    teacher = make_teacher("standard")
+    with torch.no_grad():
+        teacher.b_enc.fill_(-1e6)
+    with pytest.raises(ValueError, match="no latent is active"):
+        calibrate(RationalSAE.from_teacher(teacher), [x])
+
+
 def test_matching_refuses_a_dense_gate(make_teacher, x):
     with pytest.raises(ValueError, match="dense"):
         match_l0(RationalSAE.from_teacher(make_teacher("jumprelu"), support="dense"), [x], 3.0)

@@ -74,7 +74,7 @@ def test_demo_leaves_what_it_promises(demo_run):
         assert set(metrics["verdict"]) == {"fvu", "delta_ce", "alive", "dense"}
         for arm in ("control", "rsae"):
             rows = [json.loads(line) for line in (out / family / arm / "log.jsonl").read_text().splitlines()]
-            assert [row["step"] for row in rows] == [10, 12]
+            assert [row["step"] for row in rows] == [5, 10, 12]
         assert read_json(out / family / "run.json")["done"]
         assert set(read_json(out / family / "gate.json")["arms"]) == {"teacher", "init", "rsae"}
 
@@ -115,6 +115,38 @@ def test_a_changed_file_is_noticed(demo_run, host, text):
             demo(out, host=host, hook=HOOK, text=text, config=CONFIG, teacher=TEACHER)
     finally:
         file.write_bytes(whole)
+
+
+def test_a_finished_run_may_be_measured_again_but_not_lose_its_page(demo_run, host, text):
+    out, results = demo_run
+    page, metrics = out / "report.html", out / "topk" / "metrics.json"
+    again = {"host": host, "hook": HOOK, "text": text, "config": CONFIG, "teacher": TEACHER}
+    kept = page.read_bytes(), metrics.read_bytes()
+    try:
+        metrics.write_text(json.dumps(results["topk"] | {"config": {"tokens": 300}}))
+        assert demo(out, **again)["topk"]["config"] == {"tokens": 300}
+        page.unlink()
+        with pytest.raises(ValueError, match=r"report\.html is missing"):
+            demo(out, **again)
+    finally:
+        page.write_bytes(kept[0])
+        metrics.write_bytes(kept[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"degree": (8, 8)}, "p >= q"),
+        ({"finetune": replace(CONFIG.finetune, frozen=("thresholds",))}, "no thresholds to freeze"),
+        ({"finetune": replace(CONFIG.finetune, objective="l0", penalty=1.0)}, "objective"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    demo_run, host, text, tmp_path, change, message
+):
+    with pytest.raises(ValueError, match=message):
+        upgrade(demo_run[0] / "relu" / "teacher", host, HOOK, text, tmp_path / "run", config=replace(CONFIG, **change))
+    assert not (tmp_path / "run").exists()
 
 
 def test_upgrade_a_saelens_checkpoint_and_resume_after_a_kill(demo_run, host, text, tmp_path):
@@ -187,6 +219,7 @@ def test_an_rsae_continues(demo_run, host, text, tmp_path):
     assert all(sae.cfg.architecture() == "rational" for sae in saes.values())
     assert metrics["init"]["fvu"] == metrics["teacher"]["fvu"]
     assert torch.equal(saes["control"].gate.num_coeffs, saes["teacher"].gate.num_coeffs)
+    assert saes["control"].gate.alpha == saes["teacher"].gate.alpha
     assert not torch.equal(saes["rsae"].gate.num_coeffs, saes["teacher"].gate.num_coeffs)
     assert not torch.equal(saes["control"].W_dec, saes["teacher"].W_dec)
 

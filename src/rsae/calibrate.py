@@ -15,7 +15,7 @@ from scipy.optimize import brentq, least_squares
 from torch import Tensor
 
 from rsae.rational import RationalGate, sample_scale
-from rsae.sae import THETA, RationalSAE, as_jumprelu
+from rsae.sae import THETA, RationalSAE, as_jumprelu, without_rescaling
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -50,7 +50,13 @@ def calibrate_threshold(teacher: SAE[Any], activations: Activations, l0: float |
         activations: batches of activations; a few tens of thousands of tokens.
         l0: the L0 to reach; default the teacher's k.
     """
+    teacher = _as_it_selects(teacher)
     return _edge((pre_acts(teacher, x) for x in activations), float(teacher.cfg.k if l0 is None else l0))
+
+
+def _as_it_selects(sae: SAE[Any]) -> SAE[Any]:
+    """An SAE whose pre-activations are what its k largest are chosen by; SAELens can choose by h times the decoder's norm."""
+    return without_rescaling(sae) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else sae
 
 
 @torch.no_grad()
@@ -121,8 +127,13 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
     gate = sae.gate
     if gate.support == "hard":
         if gate.C_in.ndim == 0:
-            active = torch.cat([h[gate(h) != 0][:1_000_000] for h in map(sae.pre_acts, activations)])
-            _require(len(active))
+            found = [h[gate(h) != 0][:1_000_000] for h in map(sae.pre_acts, activations)]
+            _require(len(found))
+            active = torch.cat(found)
+            if len(active) == 0:
+                raise ValueError(
+                    "no latent is active on these activations: are they of the model and hook that the SAE is of?"
+                )
             top = active.sort().values[min(len(active) - 1, int(0.999 * len(active)))]
             gate.C_in.fill_(top)
             gate.C_out.fill_(top)
@@ -194,7 +205,7 @@ def _histogram(sae: RationalSAE, activations: Activations) -> tuple[np.ndarray, 
             np.float32
         )
     )
-    sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64)
+    sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64, device=sae.W_enc.device)
     norms = sae.W_dec.norm(dim=1)
     for x in activations:
         h = sae.pre_acts(x)
@@ -206,19 +217,20 @@ def _histogram(sae: RationalSAE, activations: Activations) -> tuple[np.ndarray, 
         sums[1].index_add_(0, index, weight * t.flatten())
     filled = sums[0] > 0
     _require(int(filled.sum()))
-    return (sums[1] / sums[0])[filled].numpy(), (sums[0] / sums[0].sum())[filled].numpy()
+    return (sums[1] / sums[0])[filled].cpu().numpy(), (sums[0] / sums[0].sum())[filled].cpu().numpy()
 
 
 def _least_squares(
     gate: RationalGate, t: np.ndarray, weights: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Coefficients and factors of C_in and C_out that fit `target` at `t`, from the gate's own as a start."""
-    num, den = (c.detach().double().numpy() for c in (gate.num_coeffs, gate.den_coeffs))
+    num, den = (c.detach().double().cpu().numpy() for c in (gate.num_coeffs, gate.den_coeffs))
     p = len(num)
     root = np.sqrt(weights)
 
     def unpack(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-        return num * (1 + v[:p]), den * (1 + v[p:-2]), float(np.exp(v[-2])), float(np.exp(v[-1]))
+        c_in, c_out = np.exp(v[-2:].clip(-5, 5))  # a step that goes astray must not divide by 0
+        return num * (1 + v[:p]), den * (1 + v[p:-2]), float(c_in), float(c_out)
 
     def residual(v: np.ndarray) -> np.ndarray:
         a, b, c_in, c_out = unpack(v)
@@ -243,6 +255,7 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
     teacher = arms["teacher"]
     if teacher.cfg.architecture() == "gated":
         teacher = as_jumprelu(teacher)
+    teacher = _as_it_selects(teacher)
     h = pre_acts(teacher, x)
     family = teacher.cfg.architecture()
     thresholds = teacher.state_dict().get("threshold", h.new_zeros(1))
@@ -283,14 +296,23 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
 
 
 def _edge(values: Iterable[Float[Tensor, "batch d_sae"]], l0: float) -> float:
-    """The number that, on average over all rows, `l0` values of a row are above."""
-    largest, rows = [], 0
+    """The number that, on average over all rows, `l0` values of a row are above.
+
+    Raises:
+        ValueError: no rows; more than four times as many are above it in one batch as on average.
+    """
+    largest, rows, seen_to = [], 0, -math.inf
     for batch in values:
         rows += len(batch)
-        # It lies far below the (4 l0)-th value of any row that matters
-        largest.append(batch.topk(min(math.ceil(4 * l0) + 1, batch.shape[1]), dim=1).values.flatten())
+        n = min(math.ceil(4 * l0 * len(batch)) + 1, batch.numel())  # of the batch, since some rows have many times l0
+        largest.append(batch.flatten().topk(n, sorted=False).values)
+        if n < batch.numel():
+            seen_to = max(seen_to, float(largest[-1].min()))
     _require(rows)
-    return _value_at_rank(torch.cat(largest), round(l0 * rows))
+    edge = _value_at_rank(torch.cat(largest), round(l0 * rows))
+    if edge < seen_to:
+        raise ValueError(f"a batch has more than four times the mean L0 of {l0:g}: give larger batches of activations")
+    return edge
 
 
 def _value_at_rank(values: Tensor, rank: int) -> float:

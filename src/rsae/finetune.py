@@ -90,6 +90,8 @@ class FinetuneConfig:
         for name in ("steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is from 0 (thresholds are fixed) to 1 (they follow the sample); got {self.alpha}")
         if self.objective not in ("matched-l0", "l0", "l1"):
             raise ValueError(f"objective is 'matched-l0', 'l0' or 'l1'; got {self.objective!r}")
         if self.objective != "matched-l0" and self.penalty is None:
@@ -290,7 +292,7 @@ class ReLUTrainee(SparseTrainee):
         (g,) = torch.autograd.grad(self.squared_error(self.decode(z, entries), x), z)
         norms = self.norms.squeeze(1).index_select(0, entries.latents)
         gain, size = self.mesh.total(torch.stack([-(g * z).sum() * len(x), (norms * z).sum()]).detach())
-        self.price.copy_((gain / size).clamp(min=1e-3))
+        self.price.copy_((gain / size.clamp(min=1e-8)).clamp(min=1e-3))
 
     def choose(self, h: Tensor) -> sparse.Entries:
         return sparse.Entries.above(h, share=0.0)[0]
@@ -564,11 +566,11 @@ def check_mesh(sae: SAE[Any], config: FinetuneConfig, mesh: Mesh, out: Path | No
         )
 
 
-def check_frozen(sae: SAE[Any], config: FinetuneConfig) -> None:
-    """Refuse to freeze what an SAE does not have, or all that it has."""
+def check_settings(sae: SAE[Any], config: FinetuneConfig) -> None:
+    """Refuse an objective that an SAE has no handle for, to freeze what it does not have, or to freeze all that it has."""
+    parts = set(trainee_for(sae, 1.0, config).parts())
     if not config.frozen:
         return
-    parts = set(trainee_for(sae, 1.0, config).parts())
     if absent := set(config.frozen) - parts:
         raise ValueError(f"this SAE has no {', '.join(sorted(absent))} to freeze; it has {', '.join(sorted(parts))}")
     if set(config.frozen) == parts:
@@ -606,17 +608,18 @@ def finetune(
             after training every rank holds the whole SAE. Needs `out`.
 
     Returns:
-        A new SAE of the same class, in the units of the activations, on the device that `sae` is on.
+        A new SAE of the same class, in the units of the activations, on the device and in the dtype of `sae`.
 
     Raises:
-        ValueError: d_in differs, `out` holds another run, the loss is not finite, or the mesh does not fit.
+        ValueError: d_in differs, the SAE cannot be trained with these settings, `out` holds another run, the loss is not finite, or
+            the mesh does not fit.
     """
     if sae.cfg.d_in != data.d_in:
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
     check_trainable(sae)
     check_mesh(sae, config, mesh, out)
     keep_pages()
-    check_frozen(sae, config)
+    check_settings(sae, config)
     inputs = {
         "loop": LOOP,
         "config": asdict(config),
@@ -627,14 +630,16 @@ def finetune(
     mesh.ranks.agree("inputs and settings", config_hash(inputs))
     folder = _Folder(out, inputs, mesh) if out is not None else None
     if folder is not None and folder.done:
-        return folder.result()
-    came_on, sae = sae.W_enc.device, copy.deepcopy(sae).to(mesh.device)
+        return folder.result().to(sae.W_enc.device, sae.W_enc.dtype)
+    like, sae = sae.W_enc, copy.deepcopy(sae).to(mesh.device)
     # A dense gate's L0 is d_sae, and nothing is steered to it
     dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"
     target = config.target_l0 or (float(sae.cfg.d_sae) if dense else mean_l0(sae, _activations(held_out, mesh)))
-    start = _ready_to_train(sae, data, config, target, mesh)
+    sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
+    start = _ready_to_train(sae, sample, config, target, mesh)
     part = shard_of(start, mesh)
-    trainee = trainee_for(part, _unit(data, config), config, mesh).to(mesh.device)
+    trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh).to(mesh.device)
+    del sample
     _train(trainee, data, config, target, folder, progress, name)
     result = joined(trainee.export(part), start, mesh)
 
@@ -643,7 +648,7 @@ def finetune(
     if folder is not None:
         mesh.once(lambda: folder.finish(result))
     # Ranks beside the first have what was trained, but not what was matched
-    return result.to(came_on) if folder is None or mesh.devices is None else folder.result()
+    return (result if folder is None or mesh.devices is None else folder.result()).to(like.device, like.dtype)
 
 
 def _train(
@@ -675,13 +680,13 @@ def _train(
 
     steers = config.objective == "matched-l0" and "thresholds" not in config.frozen
     first = folder.restore(trainee, optimizer) if folder is not None else 0
-    if first == 0:
-        trainee.begin(trainee.inputs(next(batches(0)).to(mesh.device)))
     mean = data.mean.to(mesh.device)
     sums, counted, began = torch.zeros(4, device=mesh.device), 0, time.perf_counter()
     for step, raw in zip(range(first, config.steps), batches(first), strict=False):
         raw = raw.to(mesh.device, non_blocking=True)
         x = trainee.inputs(raw)
+        if step == 0:
+            trainee.begin(x)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config)
         optimizer.zero_grad()
@@ -698,7 +703,8 @@ def _train(
         sums += found
         counted += 1
         done = step + 1
-        if done % LOG_EVERY == 0 or done == config.steps:
+        saves = folder is not None and done % config.checkpoint_every == 0 and done < config.steps
+        if done % LOG_EVERY == 0 or saves or done == config.steps:  # a run that goes on from there logs the same
             loss, squared_error, variance, l0 = (sums / counted).tolist()
             if not math.isfinite(loss):
                 raise ValueError(f"{name}: the loss is {loss} at step {done}; lower the learning rate ({config.lr})")
@@ -717,7 +723,7 @@ def _train(
             if folder is not None:
                 folder.log(row)
             sums, counted = torch.zeros_like(sums), 0
-        if folder is not None and done % config.checkpoint_every == 0 and done < config.steps:
+        if folder is not None and saves:
             folder.checkpoint(trainee, optimizer, done)
         if progress is not None:
             progress(name, done, config.steps)
@@ -728,16 +734,13 @@ def _activations(store: Store, mesh: Mesh, batch_size: int = 2048) -> Iterator[T
         yield x.to(mesh.device)
 
 
-def _unit(data: Store, config: FinetuneConfig) -> float:
+def _unit(sample: list[Tensor], mean: Tensor) -> float:
     """Root mean square of a coordinate of the centred activations: what training takes as 1."""
-    total = rows = 0
-    for x in islice(data.batches(config.batch_size, seed=config.seed), 4):
-        total += float((x - data.mean).double().square().sum())
-        rows += len(x)
-    return math.sqrt(total / (rows * data.d_in))
+    total = sum(float((x - mean).double().square().sum()) for x in sample)
+    return math.sqrt(total / sum(x.numel() for x in sample))
 
 
-def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: float, mesh: Mesh) -> SAE[Any]:
+def _ready_to_train(sae: SAE[Any], sample: list[Tensor], config: FinetuneConfig, l0: float, mesh: Mesh) -> SAE[Any]:
     """An SAE in the form that trains: a rational gate with a positive threshold for each latent, a TopK with unit rows."""
     if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
         return without_rescaling(sae)
@@ -746,15 +749,16 @@ def _ready_to_train(sae: SAE[Any], data: Store, config: FinetuneConfig, l0: floa
     sae = copy.deepcopy(sae)
     gate = sae.gate
     assert gate.threshold is not None
-    sample = [x.to(mesh.device) for x in islice(data.batches(config.batch_size, seed=config.seed), 8)]
+    sample = [x.to(mesh.device) for x in sample]
     if gate.alpha == 1:
         gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0) / gate.threshold.median())
     elif not bool((gate.threshold > 0).all()):
         # In proportion to each latent's own size, so that none is silenced; the common factor keeps the larger activations,
         # since what l1 shrank to little more than nothing is what a threshold is there to leave out
+        share = 1.0 if bool((gate.threshold > 0).any()) else RELU_START
         typical = _mean_active(sae, sample)
         gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
-        matched = match_l0(sae, sample, RELU_START * l0)
+        matched = match_l0(sae, sample, share * l0)
         assert isinstance(matched, RationalSAE)
         sae, gate = matched, matched.gate
     if gate.alpha in (0, 1):  # what lies between was trained so
@@ -802,7 +806,7 @@ class _Folder:
                 raise ValueError(
                     f"{self.path} holds another run (its inputs or settings differ): choose another folder or delete it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no fine-tuning run: choose another folder")
         else:
             write_json(about, {"hash": hash_, "done": False, **inputs, "provenance": provenance()})

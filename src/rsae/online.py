@@ -81,7 +81,7 @@ class OnlineActivations:
     def batches(
         self, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Float[Tensor, "batch_size/world d_in"]]:
-        """Endless shuffled float32 batches, fixed by (seed, world).
+        """Endless shuffled float32 batches, fixed by (seed, world): a run that other ranks continue goes on with other rows.
 
         A buffer gives as many rows as it would hold with nothing left out, so that where batch k comes from is known without
         running what came before: the few that are missing are drawn a second time. `start=k` reads and tokenises the text up to

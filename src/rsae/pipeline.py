@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs
-from rsae.finetune import FinetuneConfig, check_mesh, check_trainable, finetune
+from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_trainable, finetune
 from rsae.harvest import ActivationStore, division, harvest_all
 from rsae.hosts import Host, load_host
 from rsae.identity import identity as compare_latents
@@ -162,13 +162,15 @@ def upgrade(
         The contents of metrics.json; on other ranks than the first, nothing.
 
     Raises:
-        ValueError: any input that does not fit, before anything is written; another reading of the teacher is clearly better, and
+        ValueError: any input that does not fit, before anything is harvested; another reading of the teacher is clearly better, and
             `trust` is not set; `out` holds another run.
     """
     config, out = config or UpgradeConfig(), Path(out)
     job = _Upgrade(_upgradable(teacher, config, mesh, out), host, hook, text, out, config, mesh, command)
     if not job.ledger.done:
-        data = job.train(_load_host(host, progress, mesh), out / "acts", trust, progress)
+        model = _load_host(host, progress, mesh)
+        job.inspect(model, trust, progress)
+        data = job.train(model, out / "acts", progress)
         if not mesh.ranks.is_main:
             return {}
         job.measure(data, progress)
@@ -199,7 +201,7 @@ def upgrade_all(
         metrics.json by the name of the run folder; on other ranks than the first, nothing.
 
     Raises:
-        ValueError: what `upgrade` refuses, of any of them, before anything is written.
+        ValueError: what `upgrade` refuses, of any of them, before anything is harvested.
     """
     config, out = config or UpgradeConfig(), Path(out)
     if not teachers:
@@ -215,15 +217,17 @@ def upgrade_all(
     if not ledger.done:
         model = _load_host(host, progress, mesh)
         acts = {hook: out / "acts" / model.hook_point(hook).name for hook in hooks}
-        with ledger.clock("harvest"):
-            Data.gather_all(model, acts, text, config, progress, mesh)
         jobs = {
             name: _Upgrade(loaded[name], host, hook, text, out / name, config, mesh, command)
             for name, (_, hook) in named.items()
         }
         left = {name: job for name, job in jobs.items() if not job.ledger.done}
+        for job in left.values():
+            job.inspect(model, trust, progress)
+        with ledger.clock("harvest"):
+            Data.gather_all(model, acts, text, config, progress, mesh)
         # All are trained before any is measured: the other ranks are then free
-        data = {name: job.train(model, acts[job.hook], trust, progress) for name, job in left.items()}
+        data = {name: job.train(model, acts[job.hook], progress) for name, job in left.items()}
         if not mesh.ranks.is_main:
             return {}
         for name, job in left.items():
@@ -247,6 +251,10 @@ def _upgradable(teacher: str | Path, config: UpgradeConfig, mesh: Mesh, out: Pat
             "--objective l1 --penalty LAMBDA`, or upgrade its teacher"
         )
     check_mesh(loaded.sae, config.finetune, mesh, out)
+    of_control = config.finetune if config.recipe == "hard" else replace(config.finetune, objective="matched-l0")
+    check_settings(loaded.sae, of_control)
+    if config.degree is not None:
+        RationalSAE.from_teacher(loaded.sae, config.degree, support="hard" if config.recipe == "hard" else "dense")
     return loaded
 
 
@@ -268,22 +276,26 @@ class _Upgrade:
         identity = {"teacher": teacher.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
         self.ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",), mesh=mesh)
 
-    def train(self, host: Host, acts: Path, trust: bool, progress: Progress | None) -> Data:
-        """Inspect, harvest and fine-tune."""
-        if "inspect" not in self.ledger.seconds:
-            with self.ledger.clock("inspect"):
-                found = self.mesh.once(
-                    lambda: preflight(
-                        self.teacher, host, self.hook, self.text, context_length=self.config.context_length,
-                        out=self.out / "preflight.json", progress=progress,
-                    )
-                )  # fmt: skip
-                if found["verdict"] == "contradicted" and not trust:
-                    raise ValueError(
-                        f"the teacher does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say "
-                        f"--trust to go on as it is declared ({self.out / 'preflight.json'} has all of it)"
-                    )
-            self.ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
+    def inspect(self, host: Host, trust: bool, progress: Progress | None) -> None:
+        """Put the teacher's conventions to the test."""
+        if "inspect" in self.ledger.seconds:
+            return
+        with self.ledger.clock("inspect"):
+            found = self.mesh.once(
+                lambda: preflight(
+                    self.teacher, host, self.hook, self.text, context_length=self.config.context_length,
+                    out=self.out / "preflight.json", progress=progress,
+                )
+            )  # fmt: skip
+            if found["verdict"] == "contradicted" and not trust:
+                raise ValueError(
+                    f"the teacher does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say "
+                    f"--trust to go on as it is declared ({self.out / 'preflight.json'} has all of it)"
+                )
+        self.ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
+
+    def train(self, host: Host, acts: Path, progress: Progress | None) -> Data:
+        """Harvest and fine-tune."""
         with self.ledger.clock("harvest"):
             data = Data.gather(host, self.hook, self.text, acts, self.config, progress, self.mesh)
         train_arms(self.out, self.teacher.sae, data, self.config, self.ledger, progress, self.mesh)
@@ -415,7 +427,9 @@ def train_arms(
         init = init if mesh.ranks.is_main else load_teacher(run / "init").sae
     arms = {"teacher": teacher, "init": init}
     # There is no own gate to train in an RSAE's control but the rational: it keeps the one that it has
-    of_control = replace(settings, gate_lr=0.0) if is_rational else settings
+    of_control = settings
+    if isinstance(teacher, RationalSAE):
+        of_control = replace(settings, gate_lr=0.0, alpha=teacher.gate.alpha)
     of_rsae = settings
     if config.recipe == "paper":
         of_control = replace(settings, objective="matched-l0", penalty=None)
@@ -550,11 +564,11 @@ class Ledger:
                 raise ValueError(
                     f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it"
                 )
-        elif folder.exists() and any(p for p in folder.iterdir() if p.name not in may_hold):
+        elif folder.exists() and any(p.name not in may_hold and not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run of rsae: choose another --out")
         ledger = cls(folder, identity, command, found)
         for name, digest in found.get("files", {}).items():
-            if not (folder / name).exists() or sha256_file(folder / name) != digest:
+            if not (folder / name).exists() or (digest and sha256_file(folder / name) != digest):
                 raise ValueError(
                     f"{folder / name} is missing or has changed since the run ended: delete {folder} and run again"
                 )
@@ -581,9 +595,13 @@ class Ledger:
 
     def finish(self) -> None:
         """Mark the run as done, with the checksums that a later call verifies."""
-        patterns = ("report.html", "metrics.json", "*/metrics.json", "*/*.safetensors", "*/*/sae_weights.safetensors")
-        files = sorted({file for pattern in patterns for file in self.folder.glob(pattern)})
-        self.write(done=True, files={str(file.relative_to(self.folder)): sha256_file(file) for file in files})
+        weights = sorted({*self.folder.glob("*/*.safetensors"), *self.folder.glob("*/*/sae_weights.safetensors")})
+        files: dict[str, str | None] = {str(file.relative_to(self.folder)): sha256_file(file) for file in weights}
+        # These need only be there: `rsae evaluate` and `rsae report` write them anew
+        written = [
+            file for pattern in ("report.html", "metrics.json", "*/metrics.json") for file in self.folder.glob(pattern)
+        ]
+        self.write(done=True, files=files | {str(file.relative_to(self.folder)): None for file in sorted(written)})
 
 
 def _differences(found: dict[str, Any], identity: dict[str, Any]) -> str:

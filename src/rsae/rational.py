@@ -449,7 +449,7 @@ class RationalGate(nn.Module):
         if self.support == "dense":
             if self.k is None:
                 return self.amplitude(h)
-            tau = sample_scale(h, self.k).to(self.C_in.dtype)
+            tau = sample_scale(h.to(self.C_in.dtype), self.k)
             return self.amplitude(h, self.C_in * tau, self.C_out * tau)
         threshold = self.sample_threshold(h)
         on = h > threshold
@@ -475,7 +475,7 @@ class RationalGate(nn.Module):
 
 
 def sample_scale(h: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch 1"]:
-    """Midpoint of the k-th and the (k+1)-th largest of each sample, without a gradient; k of them are above it.
+    """Midpoint of the k-th and the (k+1)-th largest of each sample, without a gradient; k are above it, or fewer if these two tie.
 
     A sample with fewer than k positive ones gets a tiny positive number, which all of its positive ones are above.
     """
