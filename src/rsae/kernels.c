@@ -7,10 +7,22 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 typedef int64_t i64;
 
-enum { LANES = 32, BLOCK = 256, WIDE = 16 };
+enum { LANES = 32, BLOCK = 256 };
+
+/* Floats in a vector register. */
+#if defined(__AVX512F__)
+enum { WIDE = 16 };
+#elif defined(__AVX__)
+enum { WIDE = 8 };
+#else
+enum { WIDE = 4 };
+#endif
 
 static inline float widen(uint16_t bfloat16) {
     uint32_t bits = (uint32_t)bfloat16 << 16;
@@ -26,18 +38,26 @@ static void relative(const uint16_t *h, const float *inverse, i64 n, float *out)
         for (i64 j = 0; j < n; j++) out[j] = widen(h[j]);
 }
 
+/* Bit l: whether r[l] is above the limit, l < LANES. */
+static inline uint32_t bits_above(const float *r, float limit) {
+#ifdef __AVX512F__
+    __m512 edge = _mm512_set1_ps(limit);
+    uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(r), edge, _CMP_GT_OQ);
+    return low | (uint32_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(r + 16), edge, _CMP_GT_OQ) << 16;
+#else
+    int any = 0;
+    for (i64 lane = 0; lane < LANES; lane++) any |= r[lane] > limit;
+    uint32_t bits = 0;
+    for (i64 lane = 0; any && lane < LANES; lane++) bits |= (uint32_t)(r[lane] > limit) << lane;
+    return bits;
+#endif
+}
+
 /* Indices of the values above a limit; entries are few, so whole blocks are passed over. `found` has room for n + 1. */
 static i64 find_above(const float *r, i64 n, float limit, i64 *found) {
     i64 m = 0, j = 0;
-    for (; j + LANES <= n; j += LANES) {
-        int any = 0;
-        for (i64 lane = 0; lane < LANES; lane++) any |= r[j + lane] > limit;
-        if (!any) continue;
-        for (i64 i = j; i < j + LANES; i++) {
-            found[m] = i;
-            m += r[i] > limit;
-        }
-    }
+    for (; j + LANES <= n; j += LANES)
+        for (uint32_t bits = bits_above(r + j, limit); bits; bits &= bits - 1) found[m++] = j + __builtin_ctz(bits);
     for (; j < n; j++) {
         found[m] = j;
         m += r[j] > limit;
