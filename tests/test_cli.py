@@ -86,6 +86,11 @@ def test_harvest_of_several_hooks_has_a_folder_for_each(tmp_path):
             ],
             "--train-tokens",
         ),
+        (
+            ["upgrade", "t", "--host", "h", "--hook", "b", "--text", "t", "--out", "o", "--train-tokens", "0"],
+            "train_tokens",
+        ),
+        (["upgrade", "t", "--host", "h", "--hook", "b", "--text", "t", "--out", "o", "--seed", "-1"], "seed"),
         (["harvest", "--host", "package:none", "--hook", "b", "--text", "t", "--out", "o"], "package:"),
         (["report", "nowhere"], "metrics.json"),
         (["evaluate", "nowhere", "--host", "h", "--hook", "b", "--text", "t", "--acts", "a"], "nowhere"),
@@ -121,3 +126,14 @@ def test_upgrade_says_how_many_hooks_it_takes():
     result = rsae("upgrade", "a", "--host", "h", "--hook", "b", "--hook", "c", "--text", "t", "--out", "o")
     assert result.returncode == 2
     assert "teachers: 1, --hook: 2; give one hook for all, or one for each teacher" in result.stderr
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    (tmp_path / "fit.json").write_text("{}")
+    (tmp_path / "cfg.json").write_text("mine")
+    for command in (("fit", "relu", "--degree", 3, 2), ("init", tmp_path, "--acts", tmp_path)):
+        result = rsae(*command, "--out", tmp_path)
+        assert result.returncode == 2
+        assert "choose another --out" in result.stderr
+    assert (tmp_path / "cfg.json").read_text() == "mine"
+    assert (tmp_path / "fit.json").read_text() == "{}"

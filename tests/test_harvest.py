@@ -390,7 +390,7 @@ def test_nan_and_inf_are_refused(host, text, tmp_path, monkeypatch, bad) -> None
 
 
 def test_bad_arguments(host, text, tmp_path) -> None:
-    with pytest.raises(ValueError, match="n_tokens must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="n_tokens and context_length must be at least 1, not 0"):
         make(host, text, tmp_path / "acts", n_tokens=0)
     with pytest.raises(ValueError, match="nearest names are"):
         harvest(host, "blocks.7.hook_resid_post", text, tmp_path / "acts", n_tokens=10)

@@ -312,3 +312,33 @@ def test_an_upgrade_without_stored_activations(demo_run, host, text, tmp_path):
         json.loads((tmp_path / "run" / arm / "log.jsonl").read_text().splitlines()[-1]) for arm in ("control", "rsae")
     ]
     assert [log["step"] for log in logs] == [12, 12]
+
+
+def test_several_teachers_killed_while_they_are_inspected(demo_run, host, text, tmp_path):
+    teachers = [(demo_run[0] / family / "teacher", HOOK) for family in ("relu", "topk")]
+    how = {"config": CONFIG, "trust": True}
+
+    def stop(stage, done, total):
+        if stage == "evaluate":  # of the first teacher, as it is inspected
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upgrade_all(teachers, host, text, tmp_path / "run", **how, progress=stop)
+    assert set(upgrade_all(teachers, host, text, tmp_path / "run", **how)) == {"1-teacher", "2-teacher"}
+
+
+def test_another_hook_is_not_measured_with_these_activations(demo_run, host, text):
+    out = demo_run[0]
+    kept = (out / "topk" / "metrics.json").read_bytes()
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_resid_post; what is measured"):
+        evaluate_folder(
+            out / "topk",
+            host,
+            "blocks.0.hook_resid_post",
+            text,
+            out / "acts" / "train",
+            tokens=300,
+            ce_tokens=100,
+            progress=None,
+        )
+    assert (out / "topk" / "metrics.json").read_bytes() == kept

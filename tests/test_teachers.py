@@ -272,6 +272,25 @@ def test_what_saelens_would_drop_in_silence(make_teacher, tmp_path, architecture
     assert message in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        ("topk", {"k": None}, "an integer k from 1 to d_sae"),
+        ("topk", {"k": 0}, "an integer k from 1 to d_sae"),
+        ("topk", {"k": D_SAE + 1}, "an integer k from 1 to d_sae"),
+        ("topk", {"k": 3.5}, "an integer k from 1 to d_sae"),
+        ("rational", {"num_coeffs": None}, "missing: num_coeffs"),
+    ],
+)
+def test_what_saelens_would_fill_in(make_teacher, tmp_path, architecture, change, message) -> None:
+    sae = make_teacher("topk")
+    (RationalSAE.from_teacher(sae) if architecture == "rational" else sae).save_model(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text()) | change
+    (tmp_path / "cfg.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(ValueError, match=message):
+        load_teacher(tmp_path)
+
+
 def test_a_pointer_of_git_lfs(tmp_path) -> None:
     (tmp_path / "ae.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))

@@ -212,3 +212,10 @@ def test_probing_texts_are_never_trained_on() -> None:
             assert prompt.strip() not in parts, f"{tag}: {prompt}"
     assert sum(len(doc.text) for doc in train) > 6_000_000  # 4.3 characters a token: 1.4 M tokens of Gemma's
     assert [doc.id for doc in train] == [doc.id for doc in sae_probes_documents("train")]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.csv.zst", "t.parquet"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00damaged")
+    with pytest.raises(ValueError, match=name):
+        list(documents(str(tmp_path / name)))

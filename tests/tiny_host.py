@@ -27,7 +27,7 @@ SMALL = SIZES | {
     "intermediate_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
 }
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=1),

@@ -56,17 +56,23 @@ LatentShards = Annotated[
 ]
 
 
+INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; bad input ends in exit code 2 and one line on stderr."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer has taken KeyboardInterrupt for itself
+            raise KeyboardInterrupt
+        sys.exit(code)
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error}; what is done is kept, and the same command continues")
     except (KeyboardInterrupt, typer.Abort):
         print("rsae: stopped; what is done is kept, and the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not the parser's own complaint about options and arguments
             raise
@@ -165,7 +171,7 @@ def upgrade(
         if online and train_tokens is not None:
             raise ValueError("--online reads as many tokens as the steps take: leave out --train-tokens")
         config = UpgradeConfig(
-            train_tokens=None if online else train_tokens or 1_000_000,
+            train_tokens=None if online else 1_000_000 if train_tokens is None else train_tokens,
             evaluation_tokens=evaluation_tokens,
             recipe=recipe,
             finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty),
@@ -269,6 +275,7 @@ def pretrain(
 
         config = FinetuneConfig(steps=steps, lr=lr, warmup=0.1, target_l0=l0, seed=seed)
         data, check = ActivationStore.open(acts), ActivationStore.open(held_out)
+        data.check_same_source(check)
         metadata = {"model_name": data.host, "hook_name": data.hook}
         run(family, data, config, d_sae=d_sae, held_out=check, metadata=metadata, out=out, progress=progress)
     print(f"teacher: {out}")
@@ -291,6 +298,8 @@ def init(
         from rsae.sae import RationalSAE, save_sae
         from rsae.teachers import load_teacher
 
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: choose another --out")
         sae = RationalSAE.from_teacher(load_teacher(teacher).sae, degree, support=support)
         batches = ActivationStore.open(acts).batches(2048, seed=0)
         save_sae(calibrate(sae, list(islice(batches, 8))), out)
@@ -332,6 +341,7 @@ def finetune(
         if lr is not None:
             chosen["lr"] = lr
         loaded, data, check = load_teacher(sae), ActivationStore.open(acts), ActivationStore.open(held_out)
+        data.check_same_source(check)
         mesh = Mesh.of(latent_shards)
         run(loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out, progress=progress, mesh=mesh)
     if mesh.ranks.is_main:
@@ -347,7 +357,12 @@ def evaluate(
     host: Host,
     hook: Hook,
     text: Text,
-    acts: Annotated[Path, typer.Option(help="Training activations: their statistics say which tokens are sinks.")],
+    acts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A store of this model and hook, whose statistics say which tokens are sinks; default the run's own."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 200_000,
     ce_tokens: Annotated[int, typer.Option(help="How many of them the loss is measured on.")] = 32_768,
     identity: Annotated[
@@ -359,6 +374,8 @@ def evaluate(
     with progress_shown() as progress:
         from rsae.pipeline import evaluate_folder
 
+        stores = [run / "acts" / split for split in ("train", "validation")]
+        acts = acts or next((store for store in stores if store.exists()), stores[0])
         metrics, found = evaluate_folder(
             run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, identity_of=identity, progress=progress
         )
@@ -438,6 +455,8 @@ def fit(
     from rsae.artefacts import write_json
     from rsae.minimax import fit_gate, save_picture
 
+    if out.exists() and any(path.name not in ("fit.json", "fit.html") for path in out.iterdir()):
+        raise ValueError(f"{out} holds something else than a fit: choose another --out")
     found = fit_gate(gate, degree, theta=theta, delta=delta, method=method)
     write_json(out / "fit.json", found.to_dict())
     save_picture(found, out / "fit.html")
@@ -531,6 +550,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.showwarning = lambda message, *_, **__: print(f"rsae: warning: {message}", file=sys.stderr)
 
 
 def _command() -> str:

@@ -90,6 +90,12 @@ class FinetuneConfig:
         for name in ("steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("lr", "gate_lr", "penalty", "seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or more, and finite; got {value}")
+        if self.target_l0 is not None and not 0 < self.target_l0 < math.inf:
+            raise ValueError(f"target_l0 must be positive; got {self.target_l0}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is from 0 (thresholds are fixed) to 1 (they follow the sample); got {self.alpha}")
         if self.objective not in ("matched-l0", "l0", "l1"):
@@ -567,8 +573,12 @@ def check_mesh(sae: SAE[Any], config: FinetuneConfig, mesh: Mesh, out: Path | No
 
 
 def check_settings(sae: SAE[Any], config: FinetuneConfig) -> None:
-    """Refuse an objective that an SAE has no handle for, to freeze what it does not have, or to freeze all that it has."""
+    """Refuse an objective or an L0 that an SAE cannot have, to freeze what it does not have, or to freeze all that it has."""
     parts = set(trainee_for(sae, 1.0, config).parts())
+    if config.target_l0 is not None and config.target_l0 > sae.cfg.d_sae:
+        raise ValueError(f"target_l0 {config.target_l0:g} is more than the SAE's {sae.cfg.d_sae} latents")
+    if sae.cfg.architecture() == "topk" and config.objective == "l0":
+        raise ValueError("a TopK's L0 is its k, which no price moves: use 'matched-l0', or upgrade it first")
     if not config.frozen:
         return
     if absent := set(config.frozen) - parts:
@@ -616,6 +626,10 @@ def finetune(
     """
     if sae.cfg.d_in != data.d_in:
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
+    if held_out.d_in != data.d_in:
+        raise ValueError(
+            f"activations to train on have d_in {data.d_in}, those held out {held_out.d_in}: another model or hook?"
+        )
     check_trainable(sae)
     check_mesh(sae, config, mesh, out)
     keep_pages()
@@ -802,14 +816,17 @@ class _Folder:
     def _open(self, hash_: str, inputs: dict[str, Any]) -> dict[str, Any]:
         about = self.path / "finetune.json"
         if about.exists():
-            if read_json(about)["hash"] != hash_:
+            found = read_json(about)
+            if found["hash"] == hash_:
+                return found
+            names = [name for name, value in json.loads(json.dumps(inputs)).items() if found.get(name) != value]
+            if found["done"] or (self.path / "log.jsonl").exists():  # else it was refused before its first step
                 raise ValueError(
-                    f"{self.path} holds another run (its inputs or settings differ): choose another folder or delete it"
+                    f"{self.path} holds another run (another {', '.join(names)}): choose another folder or delete it"
                 )
         elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no fine-tuning run: choose another folder")
-        else:
-            write_json(about, {"hash": hash_, "done": False, **inputs, "provenance": provenance()})
+        write_json(about, {"hash": hash_, "done": False, **inputs, "provenance": provenance()})
         return read_json(about)
 
     def result(self) -> SAE[Any]:

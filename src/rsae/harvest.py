@@ -89,6 +89,17 @@ class ActivationStore:
             _verify(path, meta["shards"])
         return cls(path, meta)
 
+    def check_same_source(self, other: ActivationStore) -> None:
+        """Refuse (ValueError) a store of another model or hook."""
+        ours, theirs = (
+            [store.meta["config"][key] for key in ("host", "hook", "host_fingerprint")] for store in (self, other)
+        )
+        if ours[1:] != theirs[1:]:
+            raise ValueError(
+                f"{self.path} holds activations of {ours[0]} at {ours[1]}, {other.path} of {theirs[0]} at {theirs[1]}: give two of "
+                "the same model and hook"
+            )
+
     def batches(
         self,
         batch_size: int,
@@ -232,8 +243,8 @@ def harvest_all(
     folders = {hook: Path(out) for hook, out in hooks.items()}
     if not folders or len({folder.resolve() for folder in folders.values()}) < len(folders):
         raise ValueError(f"each hook needs a folder of its own, and there must be one at least: {folders}")
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens must be at least 1, not {n_tokens}")
+    if n_tokens < 1 or context_length < 1:
+        raise ValueError(f"n_tokens and context_length must be at least 1, not {n_tokens} and {context_length}")
     shard_batches, shards = division(n_tokens, context_length, batch_size, shard_tokens)
     if ranks.world > shards:
         raise ValueError(

@@ -102,6 +102,9 @@ class Host:
         self, tokens: Int[Tensor, "B T"], hooks: Collection[str]
     ) -> dict[str, Float[Tensor, "B T d_model"]]:
         """What `activations` gives, at several hooks by one forward pass, which stops after the deepest."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and tokens.shape[1] > most:
+            raise ValueError(f"{self.spec} reads at most {most} tokens at once; got contexts of {tokens.shape[1]}")
         kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: str) -> Tensor:

@@ -66,6 +66,11 @@ class UpgradeConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Of both fine-tuned arms."""
 
+    def __post_init__(self) -> None:
+        for name in ("train_tokens", "validation_tokens", "evaluation_tokens", "ce_tokens", "context_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -222,6 +227,7 @@ def upgrade_all(
             for name, (_, hook) in named.items()
         }
         left = {name: job for name, job in jobs.items() if not job.ledger.done}
+        ledger.write()  # the folder is this run's, whatever comes
         for job in left.values():
             job.inspect(model, trust, progress)
         with ledger.clock("harvest"):
@@ -489,6 +495,10 @@ def evaluate_folder(
             "run `rsae upgrade --recipe paper` to its end first"
         )
     store, model = ActivationStore.open(acts), load_host(host)
+    if (store.meta["config"]["host_fingerprint"], store.hook) != (model.fingerprint, model.hook_point(hook).name):
+        raise ValueError(
+            f"{acts} holds activations of {store.host} at {store.hook}; what is measured is {host} at {hook}"
+        )
     contexts = evaluation_contexts(
         model.tokenizer, text, n_tokens=tokens, context_length=store.meta["config"]["context_length"]
     )
@@ -507,6 +517,8 @@ def evaluate_folder(
         config={**config, "ce_tokens": ce_tokens, "eps": eps}, progress=progress,
     )  # fmt: skip
     write_json(run / "metrics.json", metrics)
+    if (run / "report.html").exists():
+        write_report([run], run / "report.html")
     if compared is not None:
         write_json(run / "identity.json", compared)
     return metrics, compared

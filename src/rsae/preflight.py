@@ -90,6 +90,8 @@ def preflight(
         ValueError: d_in and d_model differ, no such hook, text shorter than a context.
     """
     sae = teacher.sae
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1; got {tokens}")
     if sae.cfg.reshape_activations != "none":
         check_trainable(sae)  # refuses it: there are no activations to read it on
     if sae.cfg.d_in != host.d_model:
@@ -135,6 +137,7 @@ def preflight(
     warnings = [
         f"{row['convention']}: read as {row['declared']!r} the FVU is {declared:.4f} at L0 {declared_l0:.1f}, as "
         f"{row['instead']!r} it is {row['fvu']:.4f} at {row['l0']:.1f}"
+        + ("" if row["fvu"] < declared else f", and {row['ratio_at_same_l0'] * declared:.4f} at the declared one's L0")
         for row in sorted(contradicted, key=lambda row: row["fvu"])
     ]
     if declared >= 1:

@@ -43,6 +43,7 @@ def read(path: Path) -> Reading:
         if architecture in TRAINING_ONLY:
             sae, decided["architecture"] = _as_inference(path, str(architecture))
         elif architecture in ARCHITECTURES:
+            _refuse_what_is_missing(path / CFG, config, str(architecture))
             if architecture == "rational":
                 RationalSAEConfig.from_dict(config)  # refuses what SAELens would drop in silence
             sae = _load(path)
@@ -54,6 +55,18 @@ def read(path: Path) -> Reading:
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: weights and {CFG} do not agree ({error})") from error
     return Reading(sae, "SAELens", (path / WEIGHTS,), decided)
+
+
+def _refuse_what_is_missing(file: Path, config: dict[str, Any], architecture: str) -> None:
+    """SAELens fills in what a configuration does not say: refuse where that would be another function."""
+    if architecture == "topk":
+        k, d_sae = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k")), config.get("d_sae")
+        if not isinstance(k, int) or not isinstance(d_sae, int) or not 1 <= k <= d_sae:
+            raise ValueError(f"{file}: a TopK needs an integer k from 1 to d_sae = {d_sae}; it says {k!r}")
+    elif architecture == "rational":
+        needed = ("num_coeffs", "den_coeffs", "centre", "scale", "support")
+        if missing := [name for name in needed if name not in config]:
+            raise ValueError(f"{file}: a rational gate needs {', '.join(needed)}; missing: {', '.join(missing)}")
 
 
 def _load(path: Path) -> Any:
