@@ -89,15 +89,17 @@ class ActivationStore:
             _verify(path, meta["shards"])
         return cls(path, meta)
 
+    def is_of(self, host: str, fingerprint: str, hook: str) -> bool:
+        """Whether the activations are of this host, by its name or by its fingerprint (which its dtype changes), at this hook."""
+        config = self.meta["config"]
+        return self.hook == hook and (self.host == host or config["host_fingerprint"] == fingerprint)
+
     def check_same_source(self, other: ActivationStore) -> None:
         """Refuse (ValueError) a store of another model or hook."""
-        ours, theirs = (
-            [store.meta["config"][key] for key in ("host", "hook", "host_fingerprint")] for store in (self, other)
-        )
-        if ours[1:] != theirs[1:]:
+        if not self.is_of(other.host, other.meta["config"]["host_fingerprint"], other.hook):
             raise ValueError(
-                f"{self.path} holds activations of {ours[0]} at {ours[1]}, {other.path} of {theirs[0]} at {theirs[1]}: give two of "
-                "the same model and hook"
+                f"{self.path} holds activations of {self.host} at {self.hook}, {other.path} of {other.host} at {other.hook}: give "
+                "two of the same model and hook"
             )
 
     def batches(

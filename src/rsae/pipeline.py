@@ -495,7 +495,7 @@ def evaluate_folder(
             "run `rsae upgrade --recipe paper` to its end first"
         )
     store, model = ActivationStore.open(acts), load_host(host)
-    if (store.meta["config"]["host_fingerprint"], store.hook) != (model.fingerprint, model.hook_point(hook).name):
+    if not store.is_of(host, model.fingerprint, model.hook_point(hook).name):
         raise ValueError(
             f"{acts} holds activations of {store.host} at {store.hook}; what is measured is {host} at {hook}"
         )
