@@ -36,16 +36,18 @@ def write_tables(evidence: dict[str, Any], out: Path) -> None:
     current = {family: config_hash(settings) for family, settings in evidence.get("settings", {}).items()}
     cells = [cell for cell in evidence["cells"] if cell["settings"] == current.get(cell["family"])]
     evidence = {**evidence, "cells": cells}
-    _write(out / "EVIDENCE.md", _page(evidence))
+    write_page(out / "EVIDENCE.md", _page(evidence))
     for host in _hosts(cells):
-        _write(out / f"evidence-{short(host)}.svg", _pareto([c for c in cells if c["host"] == host and _measured(c)]))
+        write_page(
+            out / f"evidence-{short(host)}.svg", _pareto([c for c in cells if c["host"] == host and _measured(c)])
+        )
     readme = out.parent / "README.md"
     before, mark, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     if mark:
-        _write(readme, before + mark + "\n" + _headline(evidence) + MARKS[1] + rest.partition(MARKS[1])[2])
+        write_page(readme, before + mark + "\n" + _headline(evidence) + MARKS[1] + rest.partition(MARKS[1])[2])
 
 
-def _write(path: Path, text: str) -> None:
+def write_page(path: Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -129,8 +131,8 @@ def _page(evidence: dict[str, Any]) -> str:
         "interval of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 percentage "
         "point.\n",
         "The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK and JumpReLU, with seed 0, on other "
-        "documents of the sources that are evaluated here. The same search was made for the control ([SEARCH.md](SEARCH.md)), and "
-        "both arms have the learning rate that it is best with (a ReLU's was not searched).\n",
+        "documents of the sources that are evaluated here. The control was searched too, on SmolLM2 ([SEARCH.md](SEARCH.md)), and "
+        "both arms have the learning rate that it was best with there (a ReLU's was not searched).\n",
         f"## Verdict on {len(cells)} of the grid's {evidence['grid']} cells: RSAE against the control\n",
         table(["", "win", "tie", "loss", "failed"], _verdicts(cells)),
     ]

@@ -17,8 +17,9 @@ from importlib.metadata import distribution
 from importlib.util import module_from_spec, spec_from_file_location
 
 import torch
-from benchmarks.step import BATCH, D_SAE, median_ms
+from benchmarks.step import BATCH, D_SAE, median_ms, without_kernels
 
+from rsae.allocator import keep_pages
 from rsae.minimax import RationalFit, fit_gate
 from rsae.rational import rational
 
@@ -79,11 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
+    keep_pages()
     steps = gates(BATCH, D_SAE, "cpu", torch.float32)
     ms = {name: median_ms(step) for name, step in steps.items()}
+    ms["gate_plain"] = median_ms(without_kernels(steps["gate"]), runs=5, warmup=1)
     ms["rational_activations"] = median_ms(rational_activations(BATCH, D_SAE), runs=3, warmup=1)
     result = {
         "vs_copy": round(ms["gate"] / ms["copy"], 2),
+        "vs_plain": round(ms["gate_plain"] / ms["gate"], 1),
         "vs_rational_activations": round(ms["rational_activations"] / ms["gate"], 1),
         "ms": {name: round(value, 1) for name, value in ms.items()},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",

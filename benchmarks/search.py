@@ -3,8 +3,8 @@
     python -m benchmarks.search [--only TEXT]
 
 fine-tunes teachers of the evidence (SmolLM2-135M, middle layer, L0 32, seed 0) once for each variation of the settings, each on the
-same batches for the same steps, and writes results/search.json and SEARCH.md after each teacher. What is finished is not run
-again. The evidence's cells have to be there.
+same batches for the same steps, and writes results/search.json after each teacher, SEARCH.md at the end. What is finished is not
+run again. The evidence's cells have to be there.
 
     --only TEXT    only variations whose "family/name" contains TEXT
 """
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import ARMS, BATCH, FINETUNE, RESULTS, RUNS, TEXT, Arm, Cell, gather, start
-from benchmarks.evidence_tables import nats, ran_on, relative, table
+from benchmarks.evidence_tables import nats, ran_on, relative, table, write_page
 
-from rsae.artefacts import Progress, atomic, provenance, read_json, write_json
+from rsae.artefacts import Progress, provenance, read_json, write_json
 from rsae.calibrate import mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
@@ -72,8 +71,6 @@ VARIATIONS: dict[Family, dict[str, dict[str, Any]]] = {
     | RSAE
     | {f"rsae, lr 2e-3, {name}": {"lr": 2e-3, **change} for name, change in AT_TWICE_THE_RATE.items()},
 }
-
-
 SHOWN = {"fvu": relative, "delta_ce": nats}
 
 
@@ -105,13 +102,14 @@ def search(family: Family, names: list[str], progress: Progress | None) -> dict[
     }
 
 
-def write_page(result: dict[str, Any], out: Path) -> None:
-    """results/SEARCH.md, from what search.json holds."""
+def page(result: dict[str, Any]) -> str:
+    """SEARCH.md, from what search.json holds."""
     lines = [
         "# The search, for control and RSAE alike", "",
         f"`python -m benchmarks.search`, {ran_on([result])}. Made by the command from `search.json`.", "",
         f"SmolLM2-135M, layer {LAYER}, d_sae 4608, L0 32, seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of "
-        f"EVIDENCE.md. Each row changes one setting of its arm's default. Measured on {TOKENS:,} tokens of validation "
+        f"EVIDENCE.md, at a rate of {LR:g}. Each row says how it differs from its arm's default. Measured on {TOKENS:,} tokens of "
+        "validation "
         "documents, which are neither trained on nor evaluated in EVIDENCE.md, though of the sources evaluated there. "
         "Differences are from the control as it is, with the 95% interval of a bootstrap paired by document.",
     ]  # fmt: skip
@@ -125,8 +123,9 @@ def write_page(result: dict[str, Any], out: Path) -> None:
             ])  # fmt: skip
         heads = ["", "FVU", "from the control's", "delta-CE", "from the control's", "alive", "dense", "L0"]
         lines += ["", f"## From a {family} teacher", "", table(heads, rows)]
-    with atomic(out) as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+        if left := [name for name in VARIATIONS[family] if name not in variations]:
+            lines.append(f"Not run: {'; '.join(left)}.\n")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -143,7 +142,7 @@ def main() -> None:
                 result["families"][family] = known | search(family, names, progress)
                 result["provenance"] = provenance()
                 write_json(file, result)
-                write_page(result, RESULTS / "SEARCH.md")
+    write_page(RESULTS / "SEARCH.md", page(result))
 
 
 if __name__ == "__main__":
