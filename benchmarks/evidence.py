@@ -35,7 +35,7 @@ from rsae.calibrate import calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
 from rsae.finetune import FinetuneConfig, finetune
-from rsae.hosts import load_host
+from rsae.hosts import TokenLosses, load_host
 from rsae.identity import identity
 from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
 from rsae.pretrain import Family, pretrain
@@ -271,6 +271,7 @@ def gather(cell: Cell, progress: Progress | None) -> Data:
     folder = RUNS / "acts" / short(cell.host) / cell.hook
     host = load_host(cell.host)
     host.activations = remembered(host.activations)
+    host.token_losses = with_ablations_remembered(host.token_losses)
     return Data.gather(host, cell.hook, TEXT, folder, DATA, progress)
 
 
@@ -285,6 +286,19 @@ def remembered(run: Callable[[Tensor, str], Tensor]) -> Callable[[Tensor, str], 
         return kept[key]
 
     return activations
+
+
+def with_ablations_remembered(run: Callable[..., dict[str, TokenLosses]]) -> Callable[..., dict[str, TokenLosses]]:
+    """The same function, its ablations run once for the same tokens: zeros and the mean are those of the hook, not of an arm."""
+    kept: dict[tuple[str, bytes], dict[str, TokenLosses]] = {}
+
+    def token_losses(tokens: Tensor, hook: str, edits: dict[str, Any]) -> dict[str, TokenLosses]:
+        known = kept.setdefault((hook, tokens.numpy().tobytes()), {})
+        found = run(tokens, hook, {name: edit for name, edit in edits.items() if name not in known})
+        known |= {name: found[name] for name in ("zero", "mean") if name in found}
+        return known | found
+
+    return token_losses
 
 
 def attempt(cell: Cell, arms: Sequence[str], data: Data, progress: Progress | None) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_host import save_text, save_tiny
 
 from rsae.artefacts import read_json
+from rsae.hosts import load_host
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks are not part of the source distribution")
@@ -164,3 +166,28 @@ def test_arms_too_far_apart_in_l0_have_failed(bench, monkeypatch, tmp_path):
     assert set(cell["verdict"].values()) == {"failed"}
     assert "| relu |" not in (tmp_path / "README.md").read_text()  # no headline of a cell that has failed
     assert "| fvu | 0 | 0 | 0 | 1 |" in (tmp_path / "results" / "EVIDENCE.md").read_text()
+
+
+def test_ablations_are_run_once_for_the_same_tokens(bench, tmp_path):
+    host = load_host(str(save_tiny(tmp_path / "again")), dtype=torch.float32)
+    asked = []
+
+    def run(tokens, hook, edits):
+        asked.append(set(edits))
+        return host.token_losses(tokens, hook, edits)
+
+    losses = bench.with_ablations_remembered(run)
+    hook, ablations = (
+        "blocks.1.hook_resid_post",
+        {"zero": torch.zeros_like, "mean": lambda x: x.mean((0, 1)).expand_as(x)},
+    )
+    for i, tokens in enumerate(
+        (torch.arange(24).view(2, 12), torch.arange(24).view(2, 12), torch.arange(24, 48).view(2, 12))
+    ):
+        edits = ablations | {"arm": lambda x, scale=1 - 0.1 * i: scale * x}
+        found, expected = losses(tokens, hook, edits), host.token_losses(tokens, hook, edits)
+        assert set(found) == set(expected)
+        for name, (nll, kl) in expected.items():
+            torch.testing.assert_close(found[name].nll, nll)
+            torch.testing.assert_close(found[name].kl, kl)
+    assert asked == [{"zero", "mean", "arm"}, {"arm"}, {"zero", "mean", "arm"}]
