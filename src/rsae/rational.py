@@ -236,7 +236,7 @@ class _HardEdge(torch.autograd.Function):
         (grad,) = grad_outputs
         surrogate: Surrogate = ctx.surrogate
         width = surrogate.bandwidth * threshold
-        window = ((h - threshold).abs() < 0.5 * width).to(grad.dtype)
+        window = _window(h - threshold, width)
         gain = amplitude * grad  # L_on - L_off, to first order
         if surrogate.kind == "jump-corrected":
             assert curvature is not None
@@ -251,6 +251,11 @@ class _HardEdge(torch.autograd.Function):
         d_h = surrogate.strength * edge if surrogate.strength else None
         d_threshold = (-edge * (h / threshold.clamp(min=torch.finfo(h.dtype).tiny))).sum_to_size(threshold.shape)
         return torch.where(on, grad, 0.0), d_h, d_threshold, None, None, None, None, None
+
+
+def _window(distance: Tensor, width: Tensor) -> Tensor:
+    """width times the density K at that distance from the threshold: the rectangle."""
+    return (distance.abs() < 0.5 * width).to(distance.dtype)
 
 
 def hard_edge(
