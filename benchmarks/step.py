@@ -3,7 +3,8 @@
     python -m benchmarks.step [--json]
 
 The floor is what no implementation can leave out: one dense encoder product in bfloat16, one pass of Adam over the weights, and
-one pass over the pre-activations. SAELens' step is its own TopKTrainingSAE forward, loss and backward, with the same Adam.
+one pass over the pre-activations. "plain" is our step by what torch alone has; "naive" the same loss by autograd, with every latent
+of every token. SAELens' step is its own TopKTrainingSAE forward, loss and backward, with the same Adam.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import SAE, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 
 from rsae import kernels
@@ -23,6 +25,7 @@ from rsae.allocator import keep_pages
 from rsae.calibrate import calibrate
 from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, trainee_for
 from rsae.mesh import ALONE
+from rsae.rational import Surrogate
 from rsae.sae import RationalSAE
 from rsae.sparse import pre_activations
 
@@ -62,16 +65,20 @@ def median_ms(step: Callable[[], object], runs: int = 12, warmup: int = 3) -> fl
     return sorted(times[warmup:])[runs // 2]
 
 
-def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[SparseTrainee, Callable[[], object]]:
-    """The step of `rsae.finetune` for an RSAE with hard support, made from a TopK that knows the dictionary."""
+def _start(data: Activations, x: torch.Tensor) -> SAE[Any]:
+    """An RSAE with hard support, made from a TopK that knows the dictionary, ready to train."""
     teacher = TopKSAE(TopKSAEConfig(d_in=data.d_in, d_sae=data.d_sae, k=data.l0))
     with torch.no_grad():
         teacher.W_dec.copy_(data.directions)
         teacher.W_enc.copy_(data.directions.T)
         teacher.b_enc.fill_(-0.22)  # so that the tail of the interference is as thin as a trained encoder's
     init = calibrate(RationalSAE.from_teacher(teacher), [x]).to(ALONE.device)
-    config = FinetuneConfig()
-    trainee = trainee_for(_ready_to_train(init, [x], config, data.l0, ALONE), 1.0, config).to(device)
+    return _ready_to_train(init, [x], FinetuneConfig(), data.l0, ALONE)
+
+
+def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[SparseTrainee, Callable[[], object]]:
+    """The step of `rsae.finetune` for an RSAE with hard support."""
+    trainee = trainee_for(_start(data, x), 1.0, FinetuneConfig()).to(device)
     x = x.to(device)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
 
@@ -98,6 +105,27 @@ def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
             kernels.usable = found
 
     return plain
+
+
+def naive(data: Activations, x: torch.Tensor) -> Callable[[], object]:
+    """The same loss as it is written down: every latent of every token, by torch's autograd, its products in bfloat16."""
+    sae = _start(data, x).requires_grad_(True)
+    assert isinstance(sae, RationalSAE)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            h = sae.pre_acts(x).float()
+            norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
+            z = sae.gate(h, surrogate=Surrogate(), curvature=norms.squeeze(1) ** 2 / len(x))
+            x_hat = sae.decode(z).float()
+        ((x_hat - x).square().sum() / len(x)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            sae.W_dec.mul_(norms / sae.W_dec.norm(dim=1, keepdim=True))
+
+    return without_kernels(step)
 
 
 def saelens(data: Activations, x: torch.Tensor, autocast: bool) -> Callable[[], object]:
@@ -142,6 +170,7 @@ def main() -> None:
     ms = {
         "rsae": median_ms(step),
         "rsae_plain": median_ms(without_kernels(step)),
+        "rsae_naive": median_ms(naive(data, x), runs=5, warmup=1),
         "saelens_fp32": median_ms(saelens(data, x, autocast=False), runs=5, warmup=1),
         "saelens_bf16": median_ms(saelens(data, x, autocast=True), runs=5, warmup=1),
         "floor": median_ms(floor(x)),
@@ -154,6 +183,7 @@ def main() -> None:
         "vs_saelens_bf16": round(ms["saelens_bf16"] / ms["rsae"], 2),
         "vs_floor": round(ms["rsae"] / ms["floor"], 2),
         "vs_plain": round(ms["rsae_plain"] / ms["rsae"], 2),
+        "vs_naive": round(ms["rsae_naive"] / ms["rsae"], 2),
         "entries_per_token": round(entries, 1),
         "ms": {name: round(value, 1) for name, value in ms.items()},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
