@@ -47,7 +47,7 @@ HOST, LAYER = "package:smollm2-135m", 15
 TOKENS, CE_TOKENS = 60_000, 32_768
 LR = 1e-3
 L0_PRICE = 0.95
-"""What one more active latent of a sample costs: about the price that a matched L0 comes to at the end of the default's training."""
+"""What one more active latent of a sample costs: about what a matched L0 comes to at the end of the default's training."""
 
 
 def triangle(distance: Tensor, width: Tensor) -> Tensor:
