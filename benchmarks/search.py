@@ -2,11 +2,11 @@
 
     python -m benchmarks.search [--only TEXT]
 
-fine-tunes teachers of the evidence (SmolLM2-135M, middle layer, L0 32, seed 0) once for each variation of the settings, of the
-gate or of its edge, each on the same batches for the same steps, and writes results/search.json after each teacher, SEARCH.md at
-the end. What is finished is not run again. The evidence's cells have to be there.
+fine-tunes teachers of the evidence (middle layers, L0 32, seed 0) once for each variation of the settings, of the gate or of its
+edge, each on the same batches for the same steps, and writes results/search.json after each teacher, SEARCH.md at the end. What is
+finished is not run again. The evidence's cells have to be there.
 
-    --only TEXT    only variations whose "family/name" contains TEXT
+    --only TEXT    only variations whose "cell: name" contains TEXT
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from rsae.artefacts import Progress, provenance, read_json, write_json
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
-from rsae.pretrain import Family
+from rsae.mesh import ALONE, Mesh
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE
-from rsae.sparse import Entries
+from rsae.sparse import Entries, decode, encode, pre_activations
 from rsae.teachers import load_teacher
 from rsae.text import evaluation_contexts
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from rsae.pipeline import Data
 
-HOST, LAYER = "package:smollm2-135m", 15
-TOKENS, CE_TOKENS = 60_000, 32_768
+SMOLLM2, GEMMA = "package:smollm2-135m", "package:gemma3-270m"
+TOKENS, CE_TOKENS = 60_000, {SMOLLM2: 32_768, GEMMA: 16_384}
 LR = 1e-3
 L0_PRICE = 0.95
 """What one more active latent of a sample costs: about what a matched L0 comes to at the end of the default's training."""
@@ -70,6 +70,33 @@ class SignedTrainee(finetuning.ThresholdTrainee):
 
     def latents(self, h: Tensor, entries: Entries) -> Tensor:
         return super().latents(h.abs(), entries) * h.sign()
+
+
+class AuxiliaryTrainee(finetuning.TopKTrainee):
+    """A TopK whose silent latents learn from what the others leave (Gao et al., 2024, arXiv:2406.04093, with their weight)."""
+
+    silent: Tensor
+
+    def __init__(self, sae: SAE[Any], unit: float, config: finetuning.FinetuneConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(sae, unit, config, mesh)
+        self.register_buffer("silent", torch.zeros(sae.cfg.d_sae, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> finetuning.Step:
+        inputs = x - self.centre
+        h = pre_activations(inputs, self.W_enc, self.b_enc)
+        entries = self.choose(h)
+        z = encode(h, inputs, self.W_enc, self.b_enc, entries).relu()
+        x_hat = self.decode(z, entries)
+        squared_error = self.squared_error(x_hat, x)
+        active = torch.bincount(entries.latents[z > 0], minlength=len(self.silent))
+        self.silent = torch.where(active > 0, 0, self.silent + len(x))
+        is_silent = self.silent > finetuning.SILENT_TOKENS
+        loss, n_silent = squared_error, int(is_silent.sum())
+        if n_silent:
+            others = Entries.largest(torch.where(is_silent, h, -torch.inf), min(n_silent, x.shape[1] // 2))
+            found = decode(encode(h, inputs, self.W_enc, self.b_enc, others).relu(), self.W_dec, others)
+            loss = loss + self.squared_error(found, (x - x_hat).detach()) / 32
+        return finetuning.Step(loss, squared_error, self.l0(z, x))
 
 
 def two_sided(sae: RationalSAE) -> RationalSAE:
@@ -101,6 +128,7 @@ class Variation:
     kernel: Callable[[Tensor, Tensor], Tensor] | None = None
     """Of the edge, in place of the rectangle."""
     is_signed: bool = False
+    has_auxiliary_loss: bool = False
 
     def begin(self, kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
         """What it starts from, where its arm starts from `kind`; as `benchmarks.evidence.start`."""
@@ -123,6 +151,8 @@ class Variation:
                 stack.enter_context(mock.patch.object(rational, "_window", self.kernel))
             if self.is_signed:
                 stack.enter_context(mock.patch.object(finetuning, "ThresholdTrainee", SignedTrainee))
+            if self.has_auxiliary_loss:
+                stack.enter_context(mock.patch.object(finetuning, "TopKTrainee", AuxiliaryTrainee))
             yield
 
 
@@ -175,34 +205,45 @@ AT_TWICE_THE_RATE = {
 """From a JumpReLU, whose control is best with it."""
 PAPER = {f"paper, l1 price {price:g}, hardened": Variation({"penalty": price}) for price in (0.1, 0.3, 1.0, 3.0)}
 """What is not counted is zeroed, at the threshold that leaves the teacher's L0."""
-VARIATIONS: dict[Family, dict[str, Variation]] = {
-    "topk": CONTROL
-    | {f"rsae, {name}".removesuffix(", "): variation for name, variation in (RSAE | EDGE | SHAPE).items()}
+
+
+def _rsae(variations: dict[str, Variation]) -> dict[str, Variation]:
+    return {f"rsae, {name}".removesuffix(", "): variation for name, variation in variations.items()}
+
+
+JUMPRELU = {
+    f"lr 2e-3, {name}": replace(variation, change={"lr": 2e-3, **variation.change})
+    for name, variation in AT_TWICE_THE_RATE.items()
+}
+AUXILIARY = {"control, auxiliary loss": Variation(has_auxiliary_loss=True)}
+VARIATIONS: dict[Cell, dict[str, Variation]] = {
+    Cell(SMOLLM2, 15, "relu", 32, 0): CONTROL | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
+    Cell(SMOLLM2, 15, "topk", 32, 0): CONTROL
+    | AUXILIARY
+    | _rsae(RSAE | EDGE | SHAPE)
     | {"rsae, a scale for each latent": Variation(scales="each")}
     | PAPER,
-    "jumprelu": CONTROL
-    | THRESHOLDS
-    | {f"rsae, {name}".removesuffix(", "): variation for name, variation in RATES.items()}
-    | {
-        f"rsae, lr 2e-3, {name}": replace(variation, change={"lr": 2e-3, **variation.change})
-        for name, variation in AT_TWICE_THE_RATE.items()
-    },
+    Cell(SMOLLM2, 15, "jumprelu", 32, 0): CONTROL | THRESHOLDS | _rsae(RATES | JUMPRELU),
+    Cell(GEMMA, 9, "topk", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
+    | AUXILIARY
+    | _rsae({"": Variation()}),
+    Cell(GEMMA, 9, "jumprelu", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
+    | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
 }
 SHOWN = {"fvu": relative, "delta_ce": nats}
 
 
-def train(
-    name: str, variation: Variation, teacher: SAE[Any], data: Data, l0: float, seed: int, progress: Progress | None
-) -> SAE[Any]:
+def train(cell: Cell, name: str, teacher: SAE[Any], data: Data, l0: float, progress: Progress | None) -> SAE[Any]:
     """One variation, at the teacher's L0 on validation text."""
     arm: Arm = ARMS[name.split(",")[0]]
-    how = replace(FINETUNE, lr=LR, target_l0=l0, seed=seed, **arm.change)
+    variation = VARIATIONS[cell][name]
+    how = replace(FINETUNE, lr=LR, target_l0=l0, seed=cell.seed, **arm.change)
     folder = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
-    out = RUNS.parent / "search" / teacher.cfg.architecture() / folder
+    out = RUNS.parent / "search" / cell.name / folder
     how = replace(how, **variation.change)
     with variation.in_the_loop():
         sae = finetuning.finetune(
-            variation.begin(arm.start, teacher, data, seed), data.train, how, held_out=data.validation, out=out,
+            variation.begin(arm.start, teacher, data, cell.seed), data.train, how, held_out=data.validation, out=out,
             progress=progress, name=name,
         )  # fmt: skip
     if variation.is_signed:
@@ -213,16 +254,12 @@ def train(
     return sae
 
 
-def search(family: Family, names: list[str], progress: Progress | None) -> dict[str, Any]:
+def search(cell: Cell, names: list[str], progress: Progress | None) -> dict[str, Any]:
     """Train and measure the named variations from one teacher, each compared with the control as it is."""
-    cell = Cell(HOST, LAYER, family, 32, 0)
     data = gather(cell, progress)
     teacher = load_teacher(RUNS / cell.name / "teacher").sae
     l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
-    arms = {
-        name: train(name, VARIATIONS[family][name], teacher, data, l0, cell.seed, progress)
-        for name in dict.fromkeys(["control", *names])
-    }
+    arms = {name: train(cell, name, teacher, data, l0, progress) for name in dict.fromkeys(["control", *names])}
     eps = {
         name: counting_threshold(arms[name], (x for x, _ in data.validation.iterate(BATCH)), l0)
         if name in PAPER
@@ -232,8 +269,8 @@ def search(family: Family, names: list[str], progress: Progress | None) -> dict[
     contexts = evaluation_contexts(data.host.tokenizer, TEXT, n_tokens=TOKENS, split="validation")
     pairs = [(name, "control") for name in arms if name != "control"]
     (found,) = evaluate_runs(
-        {"": arms}, data.host, data.hook, contexts, store_stats=data.train.sink_rule, ce_tokens=CE_TOKENS, eps=eps, pairs=pairs,
-        progress=progress,
+        {"": arms}, data.host, data.hook, contexts, store_stats=data.train.sink_rule, ce_tokens=CE_TOKENS[cell.host], eps=eps,
+        pairs=pairs, progress=progress,
     ).values()  # fmt: skip
     return {
         name: {metric: found[name][metric] for metric in ("fvu", "delta_ce", "l0", "alive", "dense")}
@@ -245,16 +282,18 @@ def search(family: Family, names: list[str], progress: Progress | None) -> dict[
 def page(result: dict[str, Any]) -> str:
     """SEARCH.md, from what search.json holds."""
     lines = [
-        "# The search, for control and RSAE alike", "",
-        f"`python -m benchmarks.search`, {ran_on([result])}. Made by the command from `search.json`.", "",
-        f"SmolLM2-135M, layer {LAYER}, d_sae 4608, L0 32, seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of "
-        f"EVIDENCE.md, at a rate of {LR:g}. Each row says how it differs from its arm's default. Measured on {TOKENS:,} tokens of "
-        "validation "
-        "documents, which are neither trained on nor evaluated in EVIDENCE.md, though of the sources evaluated there. "
+        "# The search: settings of control and RSAE", "",
+        f"`python -m benchmarks.search`, {ran_on(result['cells'].values())}. Made by the command from `search.json`.", "",
+        f"Middle layers, L0 32, seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of EVIDENCE.md, at a rate of {LR:g}. "
+        f"Each row says how it differs from its arm's default. Measured on {TOKENS:,} tokens of validation documents, on which "
+        "L0 is matched too; they are neither trained on nor evaluated in EVIDENCE.md, though of the sources evaluated there. "
         "Differences are from the control as it is, with the 95% interval of a bootstrap paired by document. One teacher and one "
-        "seed: of several that are tried, the best looks better than it is.",
+        "seed: of several that are tried, the best looks better than it is. The RSAE's settings had been searched before, and "
+        "longer than the control's (dev/LOG.md).",
     ]  # fmt: skip
-    for family, variations in result["families"].items():
+    cells = {cell.name: cell for cell in VARIATIONS}
+    for where, found in result["cells"].items():
+        variations, cell = found["variations"], cells[where]
         rows = []
         for name, m in variations.items():
             from_control = [show(m["minus_control"][key]) if m["minus_control"] else "" for key, show in SHOWN.items()]
@@ -263,8 +302,15 @@ def page(result: dict[str, Any]) -> str:
                 f"{m['dense']:.2%}", f"{m['l0']:.2f}",
             ])  # fmt: skip
         heads = ["", "FVU", "from the control's", "delta-CE", "from the control's", "alive", "dense", "L0"]
-        lines += ["", f"## From a {family} teacher", "", table(heads, rows)]
-        if left := [name for name in VARIATIONS[family] if name not in variations]:
+        lines += [
+            "",
+            f"## {where}",
+            "",
+            f"The model's loss: on {CE_TOKENS[cell.host]:,} tokens.",
+            "",
+            table(heads, rows),
+        ]
+        if left := [name for name in VARIATIONS[cell] if name not in variations]:
             lines.append(f"Not run: {'; '.join(left)}.\n")
     return "\n".join(lines)
 
@@ -274,14 +320,15 @@ def main() -> None:
     parser.add_argument("--only", default="")
     only = parser.parse_args().only
     file = RESULTS / "search.json"
-    result = read_json(file) if file.exists() else {"families": {}}
+    result: dict[str, Any] = read_json(file) if file.exists() else {"cells": {}}
     with progress_shown() as progress:
-        for family, variations in VARIATIONS.items():
-            known = result["families"].get(family, {})
-            names = [name for name in variations if name not in known and only in f"{family}/{name}"]
+        for cell, variations in VARIATIONS.items():
+            known = result["cells"].get(cell.name, {"variations": {}})["variations"]
+            names = [name for name in variations if name not in known and only in f"{cell.name}: {name}"]
             if names:
-                result["families"][family] = known | search(family, names, progress)
-                result["provenance"] = provenance()
+                found = search(cell, names, progress)
+                in_order = sorted((known | found).items(), key=lambda item: list(variations).index(item[0]))
+                result["cells"][cell.name] = {"provenance": provenance(), "variations": dict(in_order)}
                 write_json(file, result)
     write_page(RESULTS / "SEARCH.md", page(result))
 
