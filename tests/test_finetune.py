@@ -20,10 +20,11 @@ from sae_lens import (
 )
 
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
-from rsae.finetune import FinetuneConfig, finetune, schedule, trainee_for
+from rsae.finetune import FinetuneConfig, check_topk_l0, finetune, schedule, trainee_for
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
-from rsae.sae import RationalSAE
+from rsae.sae import RationalSAE, copied
+from rsae.teachers import load_teacher
 
 D_IN, D_SAE, L0 = 12, 40, 4
 SMALL = FinetuneConfig(steps=30, batch_size=64, lr=3e-3, checkpoint_every=10)
@@ -485,3 +486,93 @@ def test_other_architectures_are_named(data, held_out):
     with pytest.raises(ValueError, match="'other'"):
         trainee_for(sae, 1.0, SMALL)
     assert isinstance(TopKSAE(TopKSAEConfig(d_in=2, d_sae=4, k=1)), TopKSAE)
+
+
+class TestTheLimits:
+    def rsae(self, teachers, data, family="relu"):
+        return calibrate(RationalSAE.from_teacher(teachers[family]), list(data.x.split(500)))
+
+    def test_thresholds_of_latents_that_nothing_wakes_stay_positive(self, teachers, data, held_out):
+        trained = finetune(self.rsae(teachers, data), data, replace(SMALL, target_l0=float(L0)), held_out=held_out)
+        trainee = trainee_for(trained, 1.0, SMALL)
+        trainee.silent[:3] = 10**6
+        for _ in range(8000):
+            trainee.constrain()
+        sae = trainee.export(trained)
+        sae.gate.check()
+        threshold = sae.gate.threshold.detach()
+        assert 0 < float(threshold[:3].max()) < float(threshold[3:].min())
+
+    def test_an_l0_out_of_reach_ends_as_near_as_it_gets(self, teachers, data, held_out, tmp_path):
+        how = replace(SMALL, steps=400, target_l0=D_SAE - 1.0)
+        sae = finetune(self.rsae(teachers, data), data, how, held_out=held_out, out=tmp_path / "run")
+        assert all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values())
+        with torch.no_grad():
+            positive = float((sae.pre_acts(held_out.x) > 0).sum(1).float().mean())
+        assert mean_l0(sae, [held_out.x]) == pytest.approx(positive, rel=0.01)
+        assert (
+            finetune(self.rsae(teachers, data), data, how, held_out=held_out, out=tmp_path / "run").cfg.d_sae == D_SAE
+        )
+
+    def test_a_gated_sae_whose_magnitudes_are_too_few(self, data):
+        sae = gated_teacher(data)
+        with torch.no_grad():
+            magnitude = ((data.x - sae.b_dec) @ sae.W_enc) * sae.r_mag.exp() + sae.b_mag
+            reachable = float((magnitude > 0).sum(1).float().mean())
+        matched = match_l0(sae, [data.x], min(reachable + 5, D_SAE - 1.0))
+        assert matched.b_gate.isfinite().all()
+        assert mean_l0(matched, [data.x]) == pytest.approx(reachable, rel=0.02)
+
+    def test_narrow_saes_are_matched_before_they_are_rounded(self, teachers, data, held_out, tmp_path):
+        narrow = copy.deepcopy(teachers["jumprelu"]).to(torch.bfloat16)
+        found = finetune(narrow, data, replace(SMALL, target_l0=5.0), held_out=held_out, out=tmp_path / "run")
+        assert found.W_enc.dtype == torch.bfloat16
+        saved = load_teacher(tmp_path / "run").sae
+        assert saved.W_enc.dtype == torch.float32
+        assert mean_l0(saved, [held_out.x]) == pytest.approx(5.0, rel=1e-3)
+
+    def test_a_relu_with_a_price_of_0_finds_its_own(self, teachers, data, held_out):
+        config = replace(SMALL, target_l0=float(L0))
+        priced, free = (
+            finetune(teachers["relu"], data, replace(config, penalty=penalty), held_out=held_out)
+            for penalty in (0.0, None)
+        )
+        assert torch.equal(priced.W_enc, free.W_enc)
+
+    def test_a_topk_has_no_other_l0_than_k(self, teachers):
+        check_topk_l0(teachers["topk"], float(L0))
+        check_topk_l0(teachers["topk"], None)
+        check_topk_l0(teachers["jumprelu"], 9.0)
+        with pytest.raises(ValueError, match="L0 9 was asked for, and a TopK's is its k, 4"):
+            check_topk_l0(teachers["topk"], 9.0)
+
+    def test_a_torn_line_of_the_log_is_dropped(self, teachers, data, held_out, tmp_path):
+        config = replace(SMALL, target_l0=float(L0))
+        whole = finetune(teachers["topk"], data, config, held_out=held_out, out=tmp_path / "whole")
+
+        class Stop(Exception):
+            pass
+
+        def stop(_, done, __):
+            if done == 25:
+                raise Stop
+
+        with pytest.raises(Stop):
+            finetune(teachers["topk"], data, config, held_out=held_out, out=tmp_path / "torn", progress=stop)
+        with open(tmp_path / "torn" / "log.jsonl", "a") as log:
+            log.write('{"step": 25, "tok')
+        again = finetune(teachers["topk"], data, config, held_out=held_out, out=tmp_path / "torn")
+        assert torch.equal(again.W_enc, whole.W_enc)
+        rows = [json.loads(line) for line in (tmp_path / "torn" / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [10, 20, 30]
+
+
+def test_copies_of_an_sae_that_normalises_share_nothing(teachers, data):
+    sae = copied(teachers["jumprelu"])
+    sae.cfg.normalize_activations = "layer_norm"
+    sae._setup_activation_normalization()
+    twin = copied(sae)
+    expected = sae(data.x[:4])
+    latents = sae.encode(data.x[:4])
+    twin.encode(data.x[4:8])
+    torch.testing.assert_close(sae.decode(latents), expected)

@@ -231,3 +231,35 @@ def test_without_the_kernels_one_line_says_so(monkeypatch, caplog, failing, tmp_
         assert ("no C compiler" if failing == "no compiler" else "internal compiler error") in record.getMessage()
     finally:
         kernels.library.cache_clear()
+
+
+def test_the_default_dtype_does_not_matter(plain) -> None:
+    plain(False)
+    h, threshold = random_h(13, 257), torch.rand(257) + 0.1
+    expected, s = sparse.Entries.above(h, threshold, k=4, alpha=0.5)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            found, s_found = sparse.Entries.above(h, threshold, k=4, alpha=0.5)
+            torch.testing.assert_close(s_found, s)
+            torch.testing.assert_close(found.values, expected.values)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_infinite_entries_end_the_search_for_the_largest(plain) -> None:
+    plain(False)
+    h = random_h(9, 300)
+    h[::2, :8] = torch.inf
+    found = sparse.Entries.above(h, k=4, alpha=0.5)[1]
+    assert found is not None
+    assert bool(found[::2].isinf().all())
+    torch.testing.assert_close(found[1::2], sample_scale(h[1::2].float(), 4))
+
+
+def test_whole_numbers_for_centre_and_scale(plain) -> None:
+    plain(False)
+    h, fit = torch.linspace(-1, 2, 50), fit_gate("relu", (3, 2))
+    num, den, C = torch.tensor(fit.num_coeffs).float(), torch.tensor(fit.den_coeffs).float(), torch.tensor(1.0)
+    torch.testing.assert_close(rational(h, num, den, C, C, 0, 1), rational(h, num, den, C, C, 0.0, 1.0))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import torchrun
 from sae_lens import GatedSAE, GatedSAEConfig
 from test_finetune import D_IN, D_SAE, L0, SMALL, MemoryStore
 
@@ -115,3 +116,24 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pass out"):
         check_mesh(sae, SMALL, Mesh(devices=object()), None)
     check_mesh(sae, SMALL, ALONE, None)
+
+
+@pytest.mark.slow
+def test_what_one_of_several_ranks_saves_for_itself_is_its_own(tmp_path):
+    code = f"""
+from pathlib import Path
+
+import torch
+
+from rsae.mesh import ALONE
+
+folder, mine = Path({str(tmp_path)!r}) / f"own-{{ranks.rank}}", torch.full((3, 2), 1.0 + ranks.rank)
+ALONE.save({{"model.W_enc": mine}}, folder)
+found = torch.zeros(3, 2)
+ALONE.load({{"model.W_enc": found}}, folder)
+assert torch.equal(found, mine)
+print("same")
+"""
+    done = torchrun(tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["same\n", "same\n"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from scipy.optimize import brentq, least_squares
 from torch import Tensor
 
 from rsae.rational import RationalGate, sample_scale
-from rsae.sae import THETA, RationalSAE, as_jumprelu, without_rescaling
+from rsae.sae import THETA, RationalSAE, as_jumprelu, copied, without_rescaling
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -72,7 +71,7 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
     Thresholds (JumpReLU, rational with hard support) are multiplied by a common factor; a ReLU's b_enc and a gated SAE's b_gate get
     a common shift; a TopK is left as it is. Meant for the last per cent, after training has steered L0 close.
     """
-    sae = copy.deepcopy(sae)
+    sae = copied(sae)
     architecture = sae.cfg.architecture()
     if architecture == "topk":
         return sae
@@ -88,7 +87,7 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
         h = pre_acts(sae, x)
         if architecture == "gated":  # an open gate lets nothing through where the magnitude is not positive
             magnitude = (h - sae.b_gate) * sae.r_mag.exp() + sae.b_mag  # type: ignore[operator]
-            h = torch.where(magnitude > 0, h, -torch.inf)
+            h = torch.where(magnitude > 0, h, h.amin())
         if threshold is not None:
             h = h / (gate.sample_threshold(h) if gate is not None else threshold).clamp(min=1e-12)
         return h
@@ -123,7 +122,7 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
         sae: from `RationalSAE.from_teacher`.
         activations: batches of activations; some thousands of tokens are enough.
     """
-    sae = copy.deepcopy(sae)
+    sae = copied(sae)
     gate = sae.gate
     if gate.support == "hard":
         if gate.C_in.ndim == 0:

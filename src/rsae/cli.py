@@ -325,7 +325,7 @@ def finetune(
 ) -> None:
     """Stage 2 alone: train one arm. Arms with the same seed, steps and activations see the same batches."""
     with progress_shown() as progress:
-        from rsae.finetune import FinetuneConfig
+        from rsae.finetune import FinetuneConfig, check_topk_l0
         from rsae.finetune import finetune as run
         from rsae.harvest import ActivationStore
         from rsae.mesh import Mesh
@@ -341,6 +341,7 @@ def finetune(
         if lr is not None:
             chosen["lr"] = lr
         loaded, data, check = load_teacher(sae), ActivationStore.open(acts), ActivationStore.open(held_out)
+        check_topk_l0(loaded.sae, l0)
         data.check_same_source(check)
         mesh = Mesh.of(latent_shards)
         run(loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out, progress=progress, mesh=mesh)

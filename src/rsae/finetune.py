@@ -33,7 +33,7 @@ from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, rea
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
 from rsae.mesh import ALONE, Mesh, is_per_latent, joined, shard_of
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
-from rsae.sae import RationalSAE, save_sae, without_rescaling
+from rsae.sae import RationalSAE, copied, save_sae, without_rescaling
 from rsae.teachers import load_teacher
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ LOOP = 3
 NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
 SILENT_TOKENS = 100_000
+# No log-threshold, in training units, goes below: a latent that nothing wakes, or an L0 out of reach, would take it where exp is 0.
+LOWEST = math.log(1e-6)
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
 RELU_START = 0.8
 
@@ -228,7 +230,7 @@ class Trainee(nn.Module, ABC):
     @torch.no_grad()
     def export(self, sae: SAE[Any]) -> SAE[Any]:
         """A copy of `sae` with what was trained, in the host's units."""
-        sae = copy.deepcopy(sae)
+        sae = copied(sae)
         sae.W_enc.copy_(self.W_enc.T)
         sae.get_parameter(self.encoder_bias).copy_((self.b_enc + self.shift()) * self.unit)
         sae.W_dec.copy_(self.W_dec)
@@ -290,7 +292,7 @@ class ReLUTrainee(SparseTrainee):
         self.register_buffer("price", torch.tensor(float(config.penalty or 0.0)))
 
     def begin(self, x: Tensor) -> None:
-        if self.config.penalty is not None:
+        if self.config.penalty or self.config.objective == "l1":
             return
         inputs = x - self.centre
         entries = self.choose(h := sparse.pre_activations(inputs, self.W_enc, self.b_enc))
@@ -429,14 +431,14 @@ class ThresholdTrainee(SparseTrainee):
         super().constrain()
         # What never fires learns nothing: its threshold comes down to it
         if self.log_threshold.requires_grad:
-            self.log_threshold[self.silent > SILENT_TOKENS] -= 0.02
+            self.log_threshold.sub_(0.02 * (self.silent > SILENT_TOKENS)).clamp_(min=LOWEST)
 
     def steer(self, l0: Tensor, target: float) -> None:
         if self.alpha == 1:
             return  # a common factor cancels: L0 is k
         # s(x) falls as thresholds rise, and takes the share alpha of every step back
         step = 0.1 / (1 - self.alpha) * (l0.clamp(min=1e-3) / target).log()
-        self.log_threshold.data.add_(step.clamp(-0.1, 0.1))
+        self.log_threshold.data.add_(step.clamp(-0.1, 0.1)).clamp_(min=LOWEST)
 
     def state_of_gate(self) -> dict[str, float]:
         return {"median_threshold": self.log_threshold.detach().exp().median().item() * self.unit}
@@ -572,6 +574,20 @@ def check_mesh(sae: SAE[Any], config: FinetuneConfig, mesh: Mesh, out: Path | No
         )
 
 
+def check_weights(sae: SAE[Any], name: str) -> None:
+    """Refuse to finish with an SAE that cannot be loaded again."""
+    if broken := [key for key, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"{name}: training ended with nan or inf in {', '.join(broken)}; lower the learning rates")
+    if isinstance(sae, RationalSAE):
+        sae.gate.check()
+
+
+def check_topk_l0(sae: SAE[Any], l0: float | None) -> None:
+    """Refuse to ask a TopK for another L0 than its k, before work is done: it would be ignored."""
+    if sae.cfg.architecture() == "topk" and l0 not in (None, sae.cfg.k):
+        raise ValueError(f"L0 {l0:g} was asked for, and a TopK's is its k, {sae.cfg.k}: leave it out")
+
+
 def check_settings(sae: SAE[Any], config: FinetuneConfig) -> None:
     """Refuse an objective or an L0 that an SAE cannot have, to freeze what it does not have, or to freeze all that it has."""
     parts = set(trainee_for(sae, 1.0, config).parts())
@@ -618,7 +634,8 @@ def finetune(
             after training every rank holds the whole SAE. Needs `out`.
 
     Returns:
-        A new SAE of the same class, in the units of the activations, on the device and in the dtype of `sae`.
+        A new SAE of the same class, in the units of the activations, on the device and in the dtype of `sae`. It is trained,
+        matched and saved in float32; rounded to a narrower dtype, it has the target L0 as nearly as that can tell thresholds apart.
 
     Raises:
         ValueError: d_in differs, the SAE cannot be trained with these settings, `out` holds another run, the loss is not finite, or
@@ -645,7 +662,8 @@ def finetune(
     folder = _Folder(out, inputs, mesh) if out is not None else None
     if folder is not None and folder.done:
         return folder.result().to(sae.W_enc.device, sae.W_enc.dtype)
-    like, sae = sae.W_enc, copy.deepcopy(sae).to(mesh.device)
+    # In float32 all along: the factor that matches L0 is less than bfloat16 can tell apart
+    like, sae = sae.W_enc, copied(sae).to(mesh.device, torch.float32)
     # A dense gate's L0 is d_sae, and nothing is steered to it
     dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"
     target = config.target_l0 or (float(sae.cfg.d_sae) if dense else mean_l0(sae, _activations(held_out, mesh)))
@@ -657,10 +675,15 @@ def finetune(
     _train(trainee, data, config, target, folder, progress, name)
     result = joined(trainee.export(part), start, mesh)
 
-    if mesh.ranks.is_main and config.objective == "matched-l0" and "thresholds" not in config.frozen:
-        result = match_l0(result, _activations(held_out, mesh), target)
-    if folder is not None:
-        mesh.once(lambda: folder.finish(result))
+    def finish() -> None:
+        nonlocal result
+        if config.objective == "matched-l0" and "thresholds" not in config.frozen:
+            result = match_l0(result, _activations(held_out, mesh), target)
+        check_weights(result, name)
+        if folder is not None:
+            folder.finish(result)
+
+    mesh.once(finish)
     # Ranks beside the first have what was trained, but not what was matched
     return (result if folder is None or mesh.devices is None else folder.result()).to(like.device, like.dtype)
 
@@ -760,7 +783,7 @@ def _ready_to_train(sae: SAE[Any], sample: list[Tensor], config: FinetuneConfig,
         return without_rescaling(sae)
     if not isinstance(sae, RationalSAE) or sae.gate.threshold is None or "thresholds" in config.frozen:
         return sae
-    sae = copy.deepcopy(sae)
+    sae = copied(sae)
     gate = sae.gate
     assert gate.threshold is not None
     sample = [x.to(mesh.device) for x in sample]
@@ -861,9 +884,13 @@ class _Folder:
 
         def shorten() -> None:
             if (log := self.path / "log.jsonl").exists():
-                rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+                rows = log.read_text().splitlines(keepends=True)
+                whole = (
+                    row for row in rows if row.endswith("\n")
+                )  # the last is not, where power failed as it was written
+                kept = [row for row in whole if json.loads(row)["step"] <= step]
                 with atomic(log) as temporary:
-                    temporary.write_text("".join(row + "\n" for row in rows))
+                    temporary.write_text("".join(kept))
 
         self.mesh.once(shorten)
         return step

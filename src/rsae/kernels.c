@@ -105,7 +105,7 @@ static void two_largest(const float *r, i64 n, i64 k, i64 *found, float *buffer,
     *kth = buffer[0];
     for (i64 j = 1; j < k; j++)
         if (buffer[j] < *kth) *kth = buffer[j];
-    *guess = *next > 0 ? 0.8f * *next : 0.0f;
+    *guess = *next > 0 && *next < INFINITY ? 0.8f * *next : 0.0f;
 }
 
 /* For each row: the scale s (midpoint of the k-th and (k+1)-th largest relative value, or 1 where k is 0), the edge lowest * s^alpha,

@@ -156,14 +156,17 @@ class Compiled:
         exact: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, d_sae = h.shape
-        scale, edge, count = torch.empty(batch, 1), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+        # Whatever torch's default dtype is
+        scale, edge = torch.empty(batch, 1, dtype=torch.float32), torch.empty(batch, dtype=torch.float32)
+        count = torch.empty(batch, dtype=torch.int64)
         self.call(
             "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, scale, edge,
             count,
         )  # fmt: skip
         offsets = count.cumsum(0) - count
         n = int(count.sum())
-        latents, rows, values = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n)
+        latents, rows = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
+        values = torch.empty(n, dtype=torch.float32)
         self.call("fill_entries", batch, d_sae, h, inverse, int(exact), edge, offsets, count, latents, rows, values)
         return scale, rows, latents, values
 

@@ -6,7 +6,6 @@ in latents alone see the same samples. One process is the 1 x 1 grid, in which n
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rsae.ranks import Ranks
+from rsae.sae import copied
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -160,7 +160,8 @@ class Mesh(NamedTuple):
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
         with _alone_is_meant():
-            save(self._placed(tensors), storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True))
+            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+            save(self._placed(tensors), storage_writer=writer, no_dist=self.devices is None)
 
     def load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Read into tensors what any number of ranks saved under their names."""
@@ -168,7 +169,7 @@ class Mesh(NamedTuple):
 
         placed = self._placed(tensors)
         with _alone_is_meant():
-            load(placed, storage_reader=HuggingFaceStorageReader(str(path)))
+            load(placed, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self.devices is None)
         for name, tensor in tensors.items():
             found = placed[name]
             tensor.copy_(found.to_local() if self.devices is not None and is_per_latent(name, tensor) else found)
@@ -212,7 +213,7 @@ def shard_of(sae: SAE[Any], mesh: Mesh) -> SAE[Any]:
     """The SAE with the latents of this rank alone."""
     if mesh.latents.size == 1:
         return sae
-    part = copy.deepcopy(sae)
+    part = copied(sae)
     for name, parameter in part.named_parameters():
         if is_per_latent(name, parameter):
             chunk = parameter.chunk(mesh.latents.size, dim=_latents_axis(name))[mesh.latents.rank]
@@ -226,7 +227,7 @@ def joined(part: SAE[Any], whole: SAE[Any], mesh: Mesh) -> SAE[Any]:
     """A copy of `whole` with the weights of all ranks' parts."""
     if mesh.latents.size == 1:
         return part
-    sae, parts = copy.deepcopy(whole), dict(part.named_parameters())
+    sae, parts = copied(whole), dict(part.named_parameters())
     for name, parameter in sae.named_parameters():
         mine = parts[name].detach()
         shards = mesh.latents.gather(mine) if is_per_latent(name, mine) else [mine]

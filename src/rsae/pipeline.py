@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs
-from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_trainable, finetune
+from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_topk_l0, check_trainable, finetune
 from rsae.harvest import ActivationStore, division, harvest_all
 from rsae.hosts import Host, load_host
 from rsae.identity import identity as compare_latents
@@ -257,6 +257,7 @@ def _upgradable(teacher: str | Path, config: UpgradeConfig, mesh: Mesh, out: Pat
             "--objective l1 --penalty LAMBDA`, or upgrade its teacher"
         )
     check_mesh(loaded.sae, config.finetune, mesh, out)
+    check_topk_l0(loaded.sae, config.finetune.target_l0)
     of_control = config.finetune if config.recipe == "hard" else replace(config.finetune, objective="matched-l0")
     check_settings(loaded.sae, of_control)
     if config.degree is not None:

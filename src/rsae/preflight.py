@@ -23,6 +23,7 @@ from rsae.finetune import check_trainable
 from rsae.harvest import SinkRule
 from rsae.hosts import Host
 from rsae.metrics import ReconstructionMetrics
+from rsae.sae import copied
 from rsae.teachers import Teacher
 from rsae.text import Contexts, evaluation_contexts
 
@@ -169,7 +170,7 @@ def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> It
     """Every convention of the checkpoint, the other way round."""
 
     def altered(**changes: Any) -> SAE[Any]:
-        other = copy.deepcopy(sae)
+        other = copied(sae)
         for name, value in changes.items():
             setattr(other.cfg, name, value)
         return _rebuilt(other)
@@ -197,11 +198,11 @@ def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> It
     norms = sae.W_dec.detach().norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
     if bool(((norms - 1).abs() > 1e-3).any()):
-        unit = copy.deepcopy(sae)
+        unit = copied(sae)
         unit.W_dec.data.div_(norms[:, None])
         yield Alternative("decoder rows", "as stored", "of unit norm", unit, BY_FAR)
         if sae.cfg.architecture() == "jumprelu":
-            by_size = copy.deepcopy(sae)
+            by_size = copied(sae)
             by_size.get_parameter("threshold").data.div_(norms)
             yield Alternative("thresholds compared with", "h", "h ||w||", by_size)
         elif sae.cfg.architecture() == "topk":

@@ -184,6 +184,7 @@ def rational(
     Returns:
         phi(h) in the dtype of h.
     """
+    centre, scale = float(centre), float(scale)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (h, num_coeffs, den_coeffs, C_in, C_out))
     if h.ndim > 1 and h.dtype != torch.float64 and (learns or h.is_cuda):
         # As a list of entries the kernels take it, several times as fast; for that each has its own scales

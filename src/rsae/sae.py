@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,8 @@ from typing_extensions import Self
 
 from rsae.minimax import RationalFit, fit_gate
 from rsae.rational import RationalGate, Support
+
+S = TypeVar("S", bound=SAE[Any])
 
 # The design threshold and half gap of the rational for jumps: C_in,j = theta_j / THETA puts 1/THETA thresholds into [-1, 1].
 THETA, DELTA = 0.1, 0.005
@@ -306,9 +308,16 @@ def save_sae(sae: SAE[Any], folder: str | Path) -> None:
             os.replace(file, folder / file.name)
 
 
+def copied(sae: S) -> S:
+    """A copy that shares nothing: SAELens normalises inputs by functions that are bound to the SAE they were made for."""
+    copy_ = copy.deepcopy(sae)
+    copy_._setup_activation_normalization()
+    return copy_
+
+
 def without_rescaling(teacher: SAE[Any]) -> SAE[Any]:
     """The same TopK with unit decoder rows, for which rescaling by the decoder norm does nothing."""
-    teacher = copy.deepcopy(teacher)
+    teacher = copied(teacher)
     norms = teacher.W_dec.norm(dim=-1)
     if not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
         teacher.fold_W_dec_norm()
