@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from benchmarks.evidence_tables import METRICS, STEPS, short, write_tables
+from benchmarks.evidence_tables import METRICS, STEPS, setting_of, short, write_tables
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, mean_l0
@@ -61,9 +61,9 @@ TEACHER = FinetuneConfig(
     surrogate=Surrogate("rectangle", bandwidth=0.8, strength=0.0, crowding=0.0), checkpoint_every=500,
 )  # fmt: skip
 """Written out, so that teachers stay what they are when the defaults of an upgrade change."""
-RATES: dict[Family, float] = {"relu": 1e-3, "jumprelu": 2e-3, "topk": 1e-3}
-"""Learning rate of all fine-tuned arms: the one that the control is best with (results/SEARCH.md; a ReLU's was not searched)."""
-FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, checkpoint_every=500)
+FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
+RATES: dict[tuple[str, Family], float] = {("package:smollm2-135m", "jumprelu"): 2e-3}
+"""Learning rate of all fine-tuned arms, where the control is better with it than with FINETUNE's (results/SEARCH.md)."""
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
 """220,000 tokens of text leave more than 200,000 that are measured."""
 IDENTITY = 160
@@ -137,9 +137,9 @@ def grid() -> list[Cell]:
     return [*cells, Cell("package:gemma3-270m", 9, "topk", 32, 0, expansion=25)]  # 16,000 latents
 
 
-def fine_tuning(family: Family) -> FinetuneConfig:
-    """How the arms of a family are fine-tuned, before ARMS changes one."""
-    return replace(FINETUNE, lr=RATES[family])
+def fine_tuning(cell: Cell) -> FinetuneConfig:
+    """How the arms of a cell are fine-tuned, before ARMS changes one."""
+    return replace(FINETUNE, lr=RATES.get((cell.host, cell.family), FINETUNE.lr))
 
 
 def start(kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
@@ -173,7 +173,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         saes["init"] = start("init", teacher, data, cell.seed)
     failed_arms = {}
     for name in arms:
-        how = replace(fine_tuning(cell.family), target_l0=l0, seed=cell.seed, **ARMS[name].change)
+        how = replace(fine_tuning(cell), target_l0=l0, seed=cell.seed, **ARMS[name].change)
         try:
             saes[name] = finetune(
                 start(ARMS[name].start, teacher, data, cell.seed), data.train, how, held_out=data.validation, out=out / name,
@@ -244,10 +244,10 @@ def _thresholds(teacher: SAE[Any]) -> int:
     return teacher.cfg.d_sae if teacher.cfg.architecture() == "jumprelu" else 0
 
 
-def settings(family: Family) -> dict[str, Any]:
+def settings(cell: Cell) -> dict[str, Any]:
     """What a cell's numbers depend on besides its name."""
     return {
-        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(fine_tuning(family)), "data": asdict(DATA),
+        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(fine_tuning(cell)), "data": asdict(DATA),
         "arms": {name: [arm.start, arm.change | _plain(arm.change)] for name, arm in ARMS.items()},
     }  # fmt: skip
 
@@ -263,7 +263,7 @@ def about(cell: Cell, data: Data) -> dict[str, Any]:
         "host": cell.host, "hook": cell.hook, "is_middle": cell.layer == LAYERS[cell.host][1],
         "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
-        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell.family)), "loop": LOOP,
+        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)), "loop": LOOP,
         "provenance": provenance(),
     }  # fmt: skip
 
@@ -318,7 +318,6 @@ def save(evidence: dict[str, Any], cells: Iterable[dict[str, Any]]) -> None:
     order = {cell.name: i for i, cell in enumerate(grid())}
     stamp = provenance()
     evidence |= {"commit": stamp["commit"], "machine": stamp["machine"]}
-    evidence |= {"settings": {family: settings(family) for family in FAMILIES}, "grid": len(order)}
     evidence["cells"] = sorted(cells, key=lambda cell: order.get(cell["name"], len(order)))
     write_json(RESULTS / "evidence.json", evidence)
 
@@ -334,6 +333,8 @@ def main() -> None:
     arguments = parser.parse_args()
     file = RESULTS / "evidence.json"
     evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
+    evidence["settings"] = {setting_of(asdict(cell)): settings(cell) for cell in grid()}
+    evidence["grid"] = len(grid())
     known = {cell["name"]: cell for cell in evidence["cells"]}
     chosen = [] if arguments.tables else [cell for cell in grid() if arguments.only in cell.name]
     deadline = time.monotonic() + 60 * arguments.minutes
@@ -346,7 +347,7 @@ def main() -> None:
             arms = MAIN if arguments.main or arguments.probe else cell.arms
             is_done = bool(
                 done
-                and done["settings"] == config_hash(settings(cell.family))
+                and done["settings"] == config_hash(settings(cell))
                 and done.get("loop", 3) == LOOP  # the first cells do not say
                 and (done["failed"] or set(arms) <= set(done["arms"]))
             )

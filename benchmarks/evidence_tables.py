@@ -44,7 +44,7 @@ CHOSEN = _prose("""
     cells had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's delta-CE from a
     TopK; the price on crowds and other settings of the edge were then found, on validation documents, to mend that. All other
     cells are measured with a recipe that was not chosen on them, and are counted apart. The control was searched too, by fewer
-    tries than the recipe took ([SEARCH.md](SEARCH.md)), and both arms have the learning rate that it was best with on SmolLM2 (a
+    tries than the recipe took ([SEARCH.md](SEARCH.md)), and both arms have the learning rate that it was best with there (a
     ReLU's was not searched).
 """)
 COVERS = _prose("""
@@ -63,8 +63,8 @@ Cell = dict[str, Any]
 def write_tables(evidence: dict[str, Any], out: Path) -> None:
     """Write everything that shows `evidence`: in `out`, and in the README beside it."""
     # What was measured with other settings stays in the file and out of the tables
-    current = {family: config_hash(settings) for family, settings in evidence.get("settings", {}).items()}
-    cells = [cell for cell in evidence["cells"] if cell["settings"] == current.get(cell["family"])]
+    current = {name: config_hash(settings) for name, settings in evidence["settings"].items()}
+    cells = [cell for cell in evidence["cells"] if cell["settings"] == current.get(setting_of(cell))]
     evidence = {**evidence, "cells": cells}
     write_page(out / "EVIDENCE.md", _page(evidence))
     for host in _hosts(cells):
@@ -99,6 +99,11 @@ def _hosts(cells: Iterable[Cell]) -> list[str]:
 def short(host: str) -> str:
     """A host's name as folders and tables have it: package:gemma3-270m is gemma3-270m."""
     return host.split(":")[-1].rstrip("/").split("/")[-1]
+
+
+def setting_of(cell: Cell) -> str:
+    """What a cell shares its settings with: its host and family."""
+    return f"{short(cell['host'])} {cell['family']}"
 
 
 def _layer(cell: Cell) -> str:
@@ -174,8 +179,11 @@ def _page(evidence: dict[str, Any]) -> str:
     measured = [cell for cell in cells if _measured(cell)]
     others = [cell for cell in cells if not _chosen_on(cell)]
     settings = evidence["settings"]
-    finetune, teacher = _finetune(evidence), settings["topk"]["teacher"]
-    rates = ", ".join(f"{found['finetune']['lr']:g} ({family})" for family, found in settings.items())
+    finetune, teacher = _finetune(evidence), next(iter(settings.values()))["teacher"]
+    by_rate: dict[str, list[str]] = {}
+    for name, found in settings.items():
+        by_rate.setdefault(f"{found['finetune']['lr']:g}", []).append(name)
+    rates = "; ".join(f"{rate} ({', '.join(names)})" for rate, names in by_rate.items())
     millions = " and ".join(sorted({f"{cell['unique_tokens'] / 1e6:.2f}" for cell in cells}))
     parts = [
         "# RSAE minus control: the evidence\n",
