@@ -370,7 +370,7 @@ def test_bad_input(host: CausalMean, contexts: Contexts, stats: SinkRule) -> Non
         run(text=contexts._replace(documents=contexts.documents[1:]))
     with pytest.raises(ValueError, match="hold one document"):
         run({"control": TinySAE(0), "rsae": TinySAE(1)}, contexts._replace(documents=torch.zeros(9, 8).long()))
-    with pytest.raises(ValueError, match=r"hold one document.*larger ce_tokens"):
+    with pytest.raises(ValueError, match=r"hold one document.*measure the loss on more tokens"):
         run({"control": TinySAE(0), "rsae": TinySAE(1)}, ce_tokens=1)
     with pytest.raises(ValueError, match=r"at least 1, got 16 and 0"):
         run(ce_tokens=0)

@@ -13,7 +13,7 @@ from tiny_host import CONFIGS, save_tiny
 
 from rsae.hosts import Host, load_host
 
-LAYERS = {"gpt2": "transformer.h", "neox": "gpt_neox.layers"}
+LAYERS = {"gpt2": "transformer.h", "neox": "gpt_neox.layers", "gemma3-vision": "model.language_model.layers"}
 KINDS = list(CONFIGS)
 
 

@@ -1,7 +1,7 @@
 """The whole road on a tiny random model: what it leaves, that it resumes, and what it refuses before it writes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from launch import torchrun
 from sae_lens import SAE
 from tiny_host import save_text, save_tiny
 
+from rsae import pipeline
+from rsae import text as text_module
 from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
 from rsae.hosts import load_host
@@ -243,6 +245,10 @@ def test_the_paper_s_recipe_counts_as_many_latents_as_the_teacher(family, demo_r
     assert "objective l1" in (run / "report.html").read_text()
     acts = {"tokens": 300, "ce_tokens": 200, "progress": None}
     again, _ = evaluate_folder(run, host, HOOK, text, run / "acts" / "train", **acts)
+    assert again["rsae"]["n_tokens"] < metrics["rsae"]["n_tokens"]
+    assert f"evaluation {again['rsae']['n_tokens']}" in (run / "report.html").read_text()
+    # What the upgrade measured is kept, and is what it gives when it is called again
+    assert upgrade(demo_run[0] / family / "teacher", host, HOOK, text, run, config=config, trust=True) == metrics
     assert again["config"]["eps"] == eps
     assert again["rsae"]["l0"] < again["rsae_dense"]["l0"]
     (run / "metrics.json").unlink()
@@ -300,6 +306,25 @@ class TestRefusals:
         (tmp_path / "o").mkdir()
         (tmp_path / "o" / "thesis.tex").write_text("keep me")
         self.refused("not empty", teacher, host, HOOK, text, out=tmp_path / "o")
+
+
+def test_a_text_with_too_few_documents_to_compare_over_is_found_before_the_harvest(
+    demo_run, host, text, tmp_path, monkeypatch
+):
+    one = text_module.evaluation_contexts(load_host(host).tokenizer, text, n_tokens=400, context_length=16)
+    monkeypatch.setattr(
+        pipeline, "evaluation_contexts", lambda *_, **__: one._replace(documents=torch.zeros_like(one.documents))
+    )
+    with pytest.raises(ValueError, match="hold one document: an interval needs two"):
+        upgrade(demo_run[0] / "topk" / "teacher", host, HOOK, text, tmp_path / "o", config=CONFIG, trust=True)
+    assert not (tmp_path / "o" / "acts").exists()
+
+
+def test_another_run_says_which_setting_differs(demo_run, host, text, tmp_path):
+    config = replace(CONFIG, finetune=replace(CONFIG.finetune, steps=5))
+    found = {"identity": json.loads(json.dumps({"text": text, "config": asdict(CONFIG)}))}
+    assert pipeline._differences(found, {"text": text, "config": asdict(config)}) == "another steps"
+    assert pipeline._differences(found, {"text": "other", "config": asdict(CONFIG)}) == "another text"
 
 
 def test_an_upgrade_without_stored_activations(demo_run, host, text, tmp_path):

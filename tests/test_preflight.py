@@ -231,6 +231,14 @@ def test_trained_without_bos_is_told(host, text, tmp_path) -> None:
     assert any("without BOS" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*model_from_pretrained_kwargs")
+def test_trained_on_centred_activations_is_told(host, text, tmp_path) -> None:
+    sae = near_identity(host, subtracts=True)
+    assert not any("center_writing" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    assert any("center_writing" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
+
+
 def test_another_width(host, text, tmp_path) -> None:
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=8, d_sae=16))
     with pytest.raises(ValueError, match=r"d_in 8, the host .* d_model 16"):

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Sequence, Split
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -36,6 +37,10 @@ CONFIGS = {
     "gemma2": Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5),
     "gpt2": GPT2Config(**SIZES, n_embd=16, n_layer=3, n_head=2, n_positions=128),
     "neox": GPTNeoXConfig(**SMALL),
+    "gemma3-vision": Gemma3Config(
+        text_config=Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=64).to_dict(),
+        vision_config=SMALL | {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4},
+    ),
 }
 WIDER = {"llama-24": LlamaConfig(**{**SMALL, "hidden_size": 24}, num_key_value_heads=1)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -48,6 +49,7 @@ Teacher = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps of each fine-tuned arm.")]
 Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
+ContextLength = Annotated[int, typer.Option("--context-length", help="Tokens in a context.")]
 LatentShards = Annotated[
     int,
     typer.Option(
@@ -69,7 +71,8 @@ def main() -> None:
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error}; what is done is kept, and the same command continues")
+        goes_on = isinstance(error, ConnectionError) or error.errno == errno.ENOSPC
+        _fail(f"{error}; what is done is kept, and the same command continues" if goes_on else str(error))
     except (KeyboardInterrupt, typer.Abort):
         print("rsae: stopped; what is done is kept, and the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -148,7 +151,9 @@ def upgrade(
     ] = "hard",
     penalty: Annotated[float | None, typer.Option(help="The paper recipe's price of l1; default 0.3.")] = None,
     steps: Steps = 1000,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of both fine-tuned arms.")] = None,
     seed: Seed = 0,
+    context_length: ContextLength = 256,
     latent_shards: LatentShards = 1,
 ) -> None:
     """Upgrade a teacher beside an equal-compute control, compare both, and write the page. The product.
@@ -170,11 +175,13 @@ def upgrade(
             )
         if online and train_tokens is not None:
             raise ValueError("--online reads as many tokens as the steps take: leave out --train-tokens")
+        rate: dict[str, Any] = {} if lr is None else {"lr": lr}
         config = UpgradeConfig(
             train_tokens=None if online else 1_000_000 if train_tokens is None else train_tokens,
             evaluation_tokens=evaluation_tokens,
+            context_length=context_length,
             recipe=recipe,
-            finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty),
+            finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty, **rate),
         )
         mesh = Mesh.of(latent_shards)
         how: dict[str, Any] = {
@@ -191,6 +198,7 @@ def upgrade(
         for warning in json.loads((out / name / "preflight.json").read_text())["warnings"]:
             print(f"rsae: warning: {warning}", file=sys.stderr)
         _print_table(metrics, title=f"{'' if name == '.' else name + ': '}RSAE against its equal-compute control")
+        print(f"SAE: {out / name / 'rsae'} (`import rsae`, then SAELens' SAE.load_from_disk)")
     print(f"report: {out / 'report.html'}")
 
 
@@ -202,6 +210,7 @@ def inspect(
     text: Text,
     out: Annotated[Path, typer.Option("--out", help="Folder for preflight.json.")] = Path("inspect"),
     tokens: Annotated[int, typer.Option(help="Tokens that the conventions are tested on.")] = 16_384,
+    context_length: ContextLength = 256,
 ) -> None:
     """Say how a teacher is read, and test on real activations whether another reading fits better. Writes preflight.json."""
     with progress_shown() as progress:
@@ -211,8 +220,9 @@ def inspect(
 
         loaded = load_teacher(teacher)
         found = preflight(
-            loaded, load_host(host), hook, text, tokens=tokens, out=out / "preflight.json", progress=progress
-        )
+            loaded, load_host(host), hook, text, tokens=tokens, context_length=context_length, out=out / "preflight.json",
+            progress=progress,
+        )  # fmt: skip
     _print_preflight(found)
     print(f"written: {out / 'preflight.json'}")
 
@@ -232,7 +242,7 @@ def harvest(
     out: Out,
     tokens: Annotated[int, typer.Option(help="How many activations to store.")] = 1_000_000,
     split: Annotated[Literal["train", "validation", "evaluation"], typer.Option(help="Which documents.")] = "train",
-    context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 256,
+    context_length: ContextLength = 256,
 ) -> None:
     """Store a language model's activations over a text, as shards that the other stages read.
 
@@ -601,6 +611,7 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
     from rsae.report.runs import ARMS
+    from rsae.report.words import MATCHED
 
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
@@ -626,6 +637,9 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
         counted = ", ".join(f"{ARMS[arm]} |z| > {value:.4g}" for arm, value in eps.items())
         console.print(f"counted, and all else set to 0: {counted}")
     if "verdict" in metrics:
+        ours, theirs = metrics["rsae"]["l0"], metrics["control"]["l0"]
+        if theirs and abs(ours / theirs - 1) > MATCHED:
+            console.print(f"L0 is not matched ({ours:.2f} and {theirs:.2f}): the verdict is not on equal terms")
         console.print("verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items()))
 
 

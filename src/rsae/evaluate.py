@@ -399,12 +399,22 @@ def _check(
         raise ValueError(f"no held-out text: {n_contexts} contexts of {length} tokens, where one of two is the least")
     if batch_size < 1 or (ce_tokens is not None and ce_tokens < 1):
         raise ValueError(f"batch_size and ce_tokens must be at least 1, got {batch_size} and {ce_tokens}")
+    return loss_contexts(contexts, ce_tokens, compared=bool(_compared(arms, pairs)))
+
+
+def loss_contexts(contexts: Contexts, ce_tokens: int | None, *, compared: bool = True) -> Bool[Tensor, " N"]:
+    """The contexts that the loss is measured on, evenly spread, of at least `ce_tokens` tokens (None: all).
+
+    Raises:
+        ValueError: they hold one document, and arms are to be `compared`.
+    """
+    n_contexts, length = contexts.tokens.shape
     n_chosen = n_contexts if ce_tokens is None else min(n_contexts, -(-ce_tokens // length))
     chosen = torch.zeros(n_contexts, dtype=torch.bool)
     chosen[torch.linspace(0, n_contexts - 1, n_chosen).round().long()] = True
-    if _compared(arms, pairs) and len(contexts.documents[chosen, 1:].unique()) < 2:
+    if compared and len(contexts.documents[chosen, 1:].unique()) < 2:
         raise ValueError(
             f"the {n_chosen} contexts that the loss is measured on hold one document: an interval needs two at "
-            "least, give more evaluation text or a larger ce_tokens"
+            "least, give more evaluation text (a .txt is one document) or measure the loss on more tokens"
         )
     return chosen

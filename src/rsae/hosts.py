@@ -61,6 +61,7 @@ class Host:
     ) -> None:
         self.spec = spec
         self.model = model.eval().requires_grad_(False)
+        self.text_config = model.config.get_text_config()  # of the language model, where it is a part
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self._layers_path = _layers_path(model)
@@ -90,7 +91,8 @@ class Host:
         near = difflib.get_close_matches(hook, names, n=4, cutoff=0.0)
         raise ValueError(
             f"hook {hook!r} not found in {self.spec} ({self.n_layers} layers, 0 to {self.n_layers - 1}); "
-            f"the nearest names are {', '.join(near)}"
+            f"the nearest names are {', '.join(near)}. Of TransformerLens' names it knows hook_resid_pre and hook_resid_post; "
+            f"what else a block holds goes by its module's path, as {paths[1] if len(paths) > 1 else self._layers_path}"
         )
 
     def activations(self, tokens: Int[Tensor, "B T"], hook: str) -> Float[Tensor, "B T d_model"]:
@@ -102,7 +104,7 @@ class Host:
         self, tokens: Int[Tensor, "B T"], hooks: Collection[str]
     ) -> dict[str, Float[Tensor, "B T d_model"]]:
         """What `activations` gives, at several hooks by one forward pass, which stops after the deepest."""
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.text_config, "max_position_embeddings", None)
         if most is not None and tokens.shape[1] > most:
             raise ValueError(f"{self.spec} reads at most {most} tokens at once; got contexts of {tokens.shape[1]}")
         kept: dict[str, Tensor] = {}
@@ -138,7 +140,7 @@ class Host:
         Returns: the losses under "clean" (kl = 0) and under each edit's name.
         """
         scaled = [
-            key for key in ("logit_scale", "logits_scaling") if getattr(self.model.config, key, None) not in (None, 1)
+            key for key in ("logit_scale", "logits_scaling") if getattr(self.text_config, key, None) not in (None, 1)
         ]
         if scaled:
             raise ValueError(f"{self.spec} scales its logits by {scaled[0]}, which is not supported")
@@ -214,12 +216,12 @@ class Host:
     def _logits(self, hidden: Tensor, out: Tensor) -> None:
         """Write the logits (n, vocab) of final hidden states (n, d_model) to `out`, in float32."""
         out.copy_(self._lm_head(hidden))
-        if cap := getattr(self.model.config, "final_logit_softcapping", None):
+        if cap := getattr(self.text_config, "final_logit_softcapping", None):
             out.div_(cap).tanh_().mul_(cap)
 
     def _masked(self, length: int) -> bool:
         """Whether layers are handed a mask of the batch's size (sliding windows shorter than the context)."""
-        config = self.model.config
+        config = self.text_config
         window = getattr(config, "sliding_window", None)
         return getattr(config, "_attn_implementation", None) != "sdpa" or (window is not None and length >= window)
 
@@ -370,7 +372,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _layers_path(model: PreTrainedModel) -> str:
     """Path of the list of decoder layers."""
-    for path in ("model.layers", "transformer.h", "gpt_neox.layers"):
+    for path in ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers"):
         try:
             if isinstance(model.get_submodule(path), nn.ModuleList):
                 return path
@@ -378,6 +380,7 @@ def _layers_path(model: PreTrainedModel) -> str:
             continue
     raise ValueError(
         f"{type(model).__name__} keeps its layers in an unknown place: expected model.layers (Llama, Gemma, Qwen), "
+        "model.language_model.layers (Gemma 3 with vision), "
         "transformer.h (GPT-2) or gpt_neox.layers (Pythia)"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
-from rsae.evaluate import evaluate, evaluate_runs
+from rsae.evaluate import evaluate, evaluate_runs, loss_contexts
 from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_topk_l0, check_trainable, finetune
 from rsae.harvest import ActivationStore, division, harvest_all
 from rsae.hosts import Host, load_host
@@ -116,6 +117,11 @@ class Data:
             with mesh.ranks.main_first():  # too little for all to have a part of: the others find it done
                 return harvest_all(host, into, text, progress=progress, ranks=ALONE.ranks, **how)
 
+        # First, since it is found too short in seconds
+        evaluation = evaluation_contexts(
+            host.tokenizer, text, n_tokens=config.evaluation_tokens, context_length=config.context_length
+        )
+        loss_contexts(evaluation, config.ce_tokens)
         train: Mapping[str, ActivationStore | OnlineActivations]
         if config.train_tokens is None:
             train = {
@@ -124,9 +130,6 @@ class Data:
         else:
             train = stores("train", config.train_tokens)
         validation = stores("validation", config.validation_tokens)
-        evaluation = evaluation_contexts(
-            host.tokenizer, text, n_tokens=config.evaluation_tokens, context_length=config.context_length
-        )
         return {
             hook: cls(host, host.hook_point(hook).name, train[hook], validation[hook], evaluation) for hook in folders
         }
@@ -179,7 +182,7 @@ def upgrade(
         if not mesh.ranks.is_main:
             return {}
         job.measure(data, progress)
-    return read_json(out / "metrics.json")
+    return _measured(out)
 
 
 def upgrade_all(
@@ -240,7 +243,13 @@ def upgrade_all(
             job.measure(data[name], progress)
         write_report([out / name for name in named], out / "report.html")
         ledger.finish()
-    return {name: read_json(out / name / "metrics.json") for name in named}
+    return {name: _measured(out / name) for name in named}
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """What the upgrade of a run folder measured, whatever `rsae evaluate` did since."""
+    kept = run / UPGRADE_METRICS
+    return read_json(kept if kept.exists() else run / "metrics.json")
 
 
 def _upgradable(teacher: str | Path, config: UpgradeConfig, mesh: Mesh, out: Path) -> Teacher:
@@ -310,7 +319,7 @@ class _Upgrade:
 
     def measure(self, data: Data, progress: Progress | None) -> None:
         """Compare the arms that were trained, and write the page."""
-        arms = {arm: load_teacher(self.out / arm).sae for arm in ARMS}
+        arms = {arm: load_teacher(self.out / arm).sae.to(data.host.device) for arm in ARMS}
         with self.ledger.clock("evaluate"):
             eps, measured = {}, arms
             if self.config.recipe == "paper":
@@ -333,6 +342,8 @@ DEMO = UpgradeConfig(
     ce_tokens=6_144,
     finetune=FinetuneConfig(steps=500, lr=1e-3),
 )
+UPGRADE_METRICS = "metrics.upgrade.json"
+"""What an upgrade measured, in a run folder that was measured again by `rsae evaluate`."""
 DEMO_L0, DEMO_EXPANSION = 32, 8
 DEMO_TEACHER = FinetuneConfig(steps=600, lr=1e-3, warmup=0.1, decay=0.3, target_l0=DEMO_L0, penalty=2.5)
 
@@ -474,13 +485,15 @@ def evaluate_folder(
     identity_of: str | None = None,
     progress: Progress | None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Measure the arms that a run folder holds, and write its metrics.json.
+    """Measure the arms that a run folder holds, and write its metrics.json; what an upgrade measured stays as UPGRADE_METRICS.
 
     With `identity_of`, a teacher, the latents of the other arms are compared with that teacher's, for identity.json.
 
     Returns:
         The contents of both; None for one that was not asked for.
     """
+    if tokens < 1 or ce_tokens < 1:
+        raise ValueError(f"tokens and ce_tokens must be at least 1; got {tokens} and {ce_tokens}")
     arms = {arm: load_teacher(run / arm).sae for arm in ARMS if (run / arm / "cfg.json").exists()}
     if not arms:
         raise ValueError(f"{run} holds none of {', '.join(ARMS)}: is it a run folder?")
@@ -512,11 +525,14 @@ def evaluate_folder(
         compared |= compare_latents(
             teacher.sae, others, model, hook, contexts, store_stats=store.sink_rule, progress=progress
         )  # fmt: skip
+    arms = {arm: sae.to(model.device) for arm, sae in arms.items()}
     measured = {**arms, "rsae_dense": arms["rsae"]} if "rsae" in eps else arms
     metrics = evaluate(
         measured, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, eps=eps,
         config={**config, "ce_tokens": ce_tokens, "eps": eps}, progress=progress,
     )  # fmt: skip
+    if (run / "run.json").exists() and (run / "metrics.json").exists() and not (run / UPGRADE_METRICS).exists():
+        shutil.copyfile(run / "metrics.json", run / UPGRADE_METRICS)  # what the upgrade itself measured stays
     write_json(run / "metrics.json", metrics)
     if (run / "report.html").exists():
         write_report([run], run / "report.html")
@@ -619,9 +635,20 @@ class Ledger:
 
 def _differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
     """What another run's identity has otherwise, in a few words."""
-    old = found.get("identity", {})
-    names = [name for name, value in json.loads(json.dumps(identity)).items() if old.get(name) != value]
+    names = _differing(found.get("identity", {}), json.loads(json.dumps(identity)))
     return "another " + ", ".join(names) if names else "of another kind"
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the innermost entries that differ."""
+    names = []
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            names += _differing(before, value)
+        elif before != value:
+            names.append(name)
+    return names
 
 
 def _record(

@@ -287,13 +287,19 @@ def _quantiles(values: Tensor) -> dict[str, float]:
 
 
 def _mismatches(teacher: Teacher, host: Host, hook: str) -> list[str]:
-    """Where the checkpoint names another hook or another BOS than it is read with."""
+    """Where the checkpoint names another hook, another BOS or other activations than it is read with."""
     warnings = []
     named = teacher.conventions.get("hook_name")
     if named and _place(host, named) not in (None, _place(host, hook)):
         warnings.append(f"the checkpoint names the hook {named!r}; it is read at {hook!r}")
     if teacher.conventions.get("prepend_bos") is False and host.tokenizer.bos_token_id is not None:
         warnings.append("the checkpoint says that it was trained without BOS; contexts here begin with one")
+    loaded_with = teacher.sae.cfg.metadata.to_dict().get("model_from_pretrained_kwargs") or {}
+    if loaded_with.get("center_writing_weights"):
+        warnings.append(
+            "the checkpoint says that its model was loaded with center_writing_weights: every activation had its mean over d_model "
+            f"subtracted, and those of {host.spec} have not"
+        )
     return warnings
 
 

@@ -57,6 +57,8 @@ def initial_sae(
 
     if family not in ("relu", "jumprelu", "topk"):
         raise ValueError(f"family is 'relu', 'jumprelu' or 'topk'; got {family!r}")
+    if not 0 < l0 <= d_sae:
+        raise ValueError(f"the L0 asked for, {l0:g}, must be positive and at most d_sae, {d_sae}")
     directions = F.normalize(torch.randn(d_sae, data.d_in, generator=torch.Generator().manual_seed(seed)), dim=1)
     weights = {"W_enc": directions.T.contiguous(), "W_dec": directions, "b_dec": data.mean}
     if family == "jumprelu":

@@ -171,7 +171,7 @@ def too_short(text: str, split: str, context_length: int) -> str:
     """The message for a text that does not fill one context."""
     return (
         f"the {split} split of {text!r} holds no text or less than one context of {context_length} tokens: give more text or a "
-        "smaller context_length (splits are by document, of which a .txt is one: 90% train, 5% validation, 5% evaluation)"
+        "smaller context length (splits are by document, of which a .txt is one: 90% train, 5% validation, 5% evaluation)"
     )
 
 
@@ -360,7 +360,13 @@ def _hub_documents(spec: str) -> Iterator[Document]:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(f"{spec} needs the package datasets; install it with: pip install datasets") from None
-    rows = load_dataset(match[1], split=match[2], streaming=True)
+    try:
+        rows = load_dataset(match[1], split=match[2], streaming=True)
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # a dataset that needs code of its own, no such split; no network is an OSError
+        raise ValueError(f"cannot read {spec!r} from the hub: {error}") from error
     for number, row in enumerate(rows):
         if "text" not in row:
             raise ValueError(f"{spec} has no column text; its columns are {', '.join(row)}")

@@ -291,6 +291,10 @@ def facts(run: Run) -> dict[str, str]:
     info, metrics = run.info, run.metrics
     config = metrics.get("config") or {}
     tokens = info.get("tokens") or {}
+    if measured := [
+        run.value(arm, "n_tokens") for arm in run.arms
+    ]:  # `rsae evaluate` may have had others than the upgrade
+        tokens = {**tokens, "evaluation": measured[0]}
     excluded = metrics.get("excluded") or {}
     provenance = info.get("provenance") or metrics.get("provenance") or {}
     versions = provenance.get("versions") or {}
@@ -305,6 +309,7 @@ def facts(run: Run) -> dict[str, str]:
         "Host": info.get("host") or config.get("host"),
         "Hook": info.get("hook") or config.get("hook"),
         "Text": info.get("text") or config.get("text"),
+        "Evaluation text": config.get("text") if config.get("text") != info.get("text") else None,
         "Evaluation sources": ", ".join(map(str, metrics.get("sources") or [])),
         "Excluded tokens": ", ".join(f"{names.get(k, k)} {percent(number(v), 2)}" for k, v in excluded.items()),
         "Rule of exclusion": metrics.get("exclusion_rule"),
