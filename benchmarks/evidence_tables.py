@@ -48,14 +48,17 @@ CHOSEN = _prose("""
     ReLU's was not searched).
 """)
 COVERS = _prose("""
-    **What an interval covers.** The documents of this text; not other teachers, other batches, or other text. Sets of documents,
-    even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the control, searched").
+    **What an interval covers.** The documents of this text; not other teachers, other batches, or other text. Sets of
+    documents, even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the
+    control, searched"). Three teachers (SmolLM2's JumpReLU and TopK and Gemma's TopK, seed 0) were trained by the
+    loop before the present one, which differs from it by rounding.
 """)
 DIFFERS = _prose("""
-    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent, and thresholds that come down
-    to latents that are silent (a JumpReLU control has both; ReLU and TopK controls have no such revival, nor an auxiliary loss).
-    From a ReLU: no l1 price, which its control keeps. From all three: the jump-corrected gradient, a price on crowds, thresholds
-    that follow the sample a little, and the rational with its scales.
+    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent, and thresholds
+    that come down to latents that are silent (a JumpReLU control has both; ReLU and TopK controls have no such
+    revival. An auxiliary loss brings a TopK control as many: [SEARCH.md](SEARCH.md). Its wins in alive are therefore
+    not the gate's). From a ReLU: no l1 price, which its control keeps. From all three: the jump-corrected gradient, a
+    price on crowds, thresholds that follow the sample a little, and the rational with its scales.
 """)
 Cell = dict[str, Any]
 
