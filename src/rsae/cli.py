@@ -371,7 +371,7 @@ def evaluate(
     acts: Annotated[
         Path | None,
         typer.Option(
-            help="A store of this model and hook, whose statistics say which tokens are sinks; default the run's own."
+            help="A store of this model and hook, whose statistics say which tokens are sinks; default the run's."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 200_000,
@@ -385,8 +385,14 @@ def evaluate(
     with progress_shown() as progress:
         from rsae.pipeline import evaluate_folder
 
-        stores = [run / "acts" / split for split in ("train", "validation")]
-        acts = acts or next((store for store in stores if store.exists()), stores[0])
+        # Beside the run too, where a demo's families or several teachers share them
+        folders = (run / "acts", run.parent / "acts" / hook, run.parent / "acts")
+        stores = [folder / split for folder in folders for split in ("train", "validation")]
+        acts = acts or next((store for store in stores if (store / "meta.json").exists()), None)
+        if acts is None:
+            raise ValueError(
+                f"no activations in {folders[0]} or {folders[2]}: name a store of {host} at {hook} with --acts"
+            )
         metrics, found = evaluate_folder(
             run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, identity_of=identity, progress=progress
         )
