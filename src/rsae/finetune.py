@@ -884,10 +884,8 @@ class _Folder:
 
         def shorten() -> None:
             if (log := self.path / "log.jsonl").exists():
-                rows = log.read_text().splitlines(keepends=True)
-                whole = (
-                    row for row in rows if row.endswith("\n")
-                )  # the last is not, where power failed as it was written
+                # A last line without its end is what a run left that was cut off as it wrote
+                whole = [row for row in log.read_text().splitlines(keepends=True) if row.endswith("\n")]
                 kept = [row for row in whole if json.loads(row)["step"] <= step]
                 with atomic(log) as temporary:
                     temporary.write_text("".join(kept))
