@@ -369,10 +369,12 @@ def _headline(evidence: dict[str, Any]) -> str:
     millions = finetune["steps"] * finetune["batch_size"] / 1e6
     head = ["host", "teacher", "seeds", "FVU, RSAE - control", "delta-CE (nats)", "alive: control, RSAE", "dense"]
     said = ", ".join(f"{wins[metric]} in {metric}" for metric in METRICS)
+    losses = {metric: sum(cell["verdict"][metric] == "loss" for cell in cells) for metric in METRICS}
+    lost = ", ".join(f"{n} in {metric}" for metric, n in losses.items() if n) or "none"
     return (
         f"{table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32, "
         f"{millions:.1f} M tokens of fine-tuning in each arm, {ran_on(cells)}. Measured so far: {len(cells)} of "
-        f"{evidence['grid']} cells; RSAE wins {said}. [results/EVIDENCE.md](results/EVIDENCE.md) has each, losses too, and "
+        f"{evidence['grid']} cells; RSAE wins {said}; it loses {lost}. [results/EVIDENCE.md](results/EVIDENCE.md) has each, and "
         "what the settings were chosen on.\n"
     )
 
