@@ -142,13 +142,13 @@ def fine_tuning(cell: Cell) -> FinetuneConfig:
     return replace(FINETUNE, lr=RATES.get((cell.host, cell.family), FINETUNE.lr))
 
 
-def start(kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
+def start(kind: str, teacher: SAE[Any], data: Data, seed: int, degree: tuple[int, int] | None = None) -> SAE[Any]:
     """What an arm starts from: the teacher, the initialised RSAE, the same with scales for each latent, the paper's dense one."""
     if kind == "teacher":
         return teacher
     support: Support = "dense" if kind == "dense" else "hard"
     sample = islice(data.train.batches(BATCH, seed=seed), 4)
-    sae = calibrate(RationalSAE.from_teacher(teacher, support=support), list(sample))
+    sae = calibrate(RationalSAE.from_teacher(teacher, degree, support=support), list(sample))
     if kind == "scales":
         for name in ("C_in", "C_out"):
             value = getattr(sae.gate, name).detach()

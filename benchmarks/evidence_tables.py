@@ -39,26 +39,26 @@ def _prose(text: str) -> str:
 
 
 CHOSEN = _prose("""
-    **What the settings were chosen on.** The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK
-    and JumpReLU, with seed 0: on validation documents of the sources that are evaluated here, but not blindly. Three of these
-    cells had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's delta-CE from a
-    TopK; the price on crowds and other settings of the edge were then found, on validation documents, to mend that. All other
-    cells are measured with a recipe that was not chosen on them, and are counted apart. The control was searched too, by fewer
-    tries than the recipe took ([SEARCH.md](SEARCH.md)), and both arms have the learning rate that it was best with there (a
-    ReLU's was not searched).
+    **What the settings were chosen on.** The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32,
+    TopK and JumpReLU, with seed 0: on validation documents of the sources that are evaluated here, but not blindly. Three
+    of these cells had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's
+    delta-CE from a TopK; the price on crowds and other settings of the edge were then found, on validation documents, to
+    mend that. All other cells are measured with a recipe that was not chosen on them, and are counted apart. The control
+    was searched too, by fewer tries than the recipe took ([SEARCH.md](SEARCH.md)), and both arms have the learning rate
+    that it was best with there (a ReLU's was not searched).
 """)
 COVERS = _prose("""
     **What an interval covers.** The documents of this text; not other teachers, other batches, or other text. Sets of
-    documents, even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the
-    control, searched"). Three teachers (SmolLM2's JumpReLU and TopK and Gemma's TopK, seed 0) were trained by the
-    loop before the present one, which differs from it by rounding.
+    documents, even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the control,
+    searched"). Three teachers (SmolLM2's JumpReLU and TopK and Gemma's TopK, seed 0) were trained by the loop before the
+    present one, which differs from it by rounding.
 """)
 DIFFERS = _prose("""
-    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent, and thresholds
-    that come down to latents that are silent (a JumpReLU control has both; ReLU and TopK controls have no such
-    revival. An auxiliary loss brings a TopK control as many: [SEARCH.md](SEARCH.md). Its wins in alive are therefore
-    not the gate's). From a ReLU: no l1 price, which its control keeps. From all three: the jump-corrected gradient, a
-    price on crowds, thresholds that follow the sample a little, and the rational with its scales.
+    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent, and thresholds that come
+    down to latents that are silent (a JumpReLU control has both; ReLU and TopK controls have no such revival. An auxiliary
+    loss brings a TopK control as many: [SEARCH.md](SEARCH.md). The RSAE's wins in alive from a TopK are therefore not the
+    gate's). From a ReLU: no l1 price, which its control keeps. From all three: the jump-corrected gradient, a price on
+    crowds, thresholds that follow the sample a little, and the rational with its scales.
 """)
 Cell = dict[str, Any]
 

@@ -16,18 +16,17 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 import torch
-from benchmarks.evidence import ARMS, BATCH, FINETUNE, RESULTS, RUNS, TEXT, Arm, Cell, gather
+from benchmarks.evidence import ARMS, BATCH, FINETUNE, RESULTS, RUNS, TEXT, Arm, Cell, gather, start
 from benchmarks.evidence_tables import nats, ran_on, relative, table, write_page
 
 from rsae import finetune as finetuning
 from rsae import rational
-from rsae.artefacts import Progress, provenance, read_json, write_json
-from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
+from rsae.artefacts import Progress, read_json, write_json
+from rsae.calibrate import counting_threshold, match_l0, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
 from rsae.mesh import ALONE, Mesh
@@ -131,16 +130,12 @@ class Variation:
     has_auxiliary_loss: bool = False
 
     def begin(self, kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
-        """What it starts from, where its arm starts from `kind`; as `benchmarks.evidence.start`."""
-        if kind == "teacher":
-            return teacher
-        sae = RationalSAE.from_teacher(teacher, self.degree, support="dense" if kind == "dense" else "hard")
-        sae = calibrate(sae, list(islice(data.train.batches(BATCH, seed=seed), 4)))
-        for name in ("C_in", "C_out") if self.scales else ():
-            scale = getattr(sae.gate, name).detach()
-            scale = scale.median() if self.scales == "one" else scale.expand(sae.cfg.d_sae).clone()
-            setattr(sae.gate, name, torch.nn.Parameter(scale))
-        sae.sync_config()
+        """What it starts from, where its arm starts from `kind` (`benchmarks.evidence.start`)."""
+        sae = start("scales" if self.scales == "each" else kind, teacher, data, seed, self.degree)
+        if self.scales == "one":
+            for name in ("C_in", "C_out"):
+                setattr(sae.gate, name, torch.nn.Parameter(getattr(sae.gate, name).detach().median()))
+            sae.sync_config()
         return sae
 
     @contextmanager
@@ -274,16 +269,17 @@ def search(cell: Cell, names: list[str], progress: Progress | None) -> dict[str,
     ).values()  # fmt: skip
     return {
         name: {metric: found[name][metric] for metric in ("fvu", "delta_ce", "l0", "alive", "dense")}
-        | {"minus_control": found.get(f"{name}_minus_control")}
+        | {"minus_control": found.get(f"{name}_minus_control"), "provenance": found["provenance"]}
         for name in arms
     }
 
 
 def page(result: dict[str, Any]) -> str:
     """SEARCH.md, from what search.json holds."""
+    rows = [row for found in result["cells"].values() for row in found.values()]
     lines = [
         "# The search: settings of control and RSAE", "",
-        f"`python -m benchmarks.search`, {ran_on(result['cells'].values())}. Made by the command from `search.json`.", "",
+        f"`python -m benchmarks.search`, {ran_on(rows)}. Made by the command from `search.json`.", "",
         f"Middle layers, L0 32, seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of EVIDENCE.md, at a rate of {LR:g}. "
         f"Each row says how it differs from its arm's default. Measured on {TOKENS:,} tokens of validation documents, on which "
         "L0 is matched too; they are neither trained on nor evaluated in EVIDENCE.md, though of the sources evaluated there. "
@@ -292,8 +288,8 @@ def page(result: dict[str, Any]) -> str:
         "longer than the control's (dev/LOG.md).",
     ]  # fmt: skip
     cells = {cell.name: cell for cell in VARIATIONS}
-    for where, found in result["cells"].items():
-        variations, cell = found["variations"], cells[where]
+    for where, variations in result["cells"].items():
+        cell = cells[where]
         rows = []
         for name, m in variations.items():
             from_control = [show(m["minus_control"][key]) if m["minus_control"] else "" for key, show in SHOWN.items()]
@@ -323,12 +319,12 @@ def main() -> None:
     result: dict[str, Any] = read_json(file) if file.exists() else {"cells": {}}
     with progress_shown() as progress:
         for cell, variations in VARIATIONS.items():
-            known = result["cells"].get(cell.name, {"variations": {}})["variations"]
+            known = result["cells"].get(cell.name, {})
             names = [name for name in variations if name not in known and only in f"{cell.name}: {name}"]
             if names:
                 found = search(cell, names, progress)
                 in_order = sorted((known | found).items(), key=lambda item: list(variations).index(item[0]))
-                result["cells"][cell.name] = {"provenance": provenance(), "variations": dict(in_order)}
+                result["cells"][cell.name] = dict(in_order)
                 write_json(file, result)
     write_page(RESULTS / "SEARCH.md", page(result))
 

@@ -320,6 +320,30 @@ def test_a_text_with_too_few_documents_to_compare_over_is_found_before_the_harve
     assert not (tmp_path / "o" / "acts").exists()
 
 
+def test_what_is_measured_before_an_upgrade_has_ended_is_not_taken_for_its_own(demo_run, host, text, tmp_path):
+    def stop(stage, done, total):
+        if stage == "evaluate" and (tmp_path / "run" / "rsae" / "cfg.json").exists():
+            raise KeyboardInterrupt
+
+    arguments = (demo_run[0] / "topk" / "teacher", host, HOOK, text, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        upgrade(*arguments, config=CONFIG, trust=True, progress=stop)
+    for _ in range(2):
+        evaluate_folder(
+            tmp_path / "run",
+            host,
+            HOOK,
+            text,
+            tmp_path / "run" / "acts" / "train",
+            tokens=200,
+            ce_tokens=200,
+            progress=None,
+        )
+    metrics = upgrade(*arguments, config=CONFIG, trust=True)
+    assert metrics["config"]["config"]["evaluation_tokens"] == CONFIG.evaluation_tokens
+    assert read_json(tmp_path / "run" / "metrics.json") == metrics
+
+
 def test_another_run_says_which_setting_differs(demo_run, host, text, tmp_path):
     config = replace(CONFIG, finetune=replace(CONFIG.finetune, steps=5))
     found = {"identity": json.loads(json.dumps({"text": text, "config": asdict(CONFIG)}))}

@@ -85,9 +85,8 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
 
     def relative(x: Tensor) -> Tensor:
         h = pre_acts(sae, x)
-        if (
-            architecture == "gated"
-        ):  # an open gate lets nothing through where the magnitude is not positive: such come last
+        if architecture == "gated":
+            # An open gate lets nothing through where the magnitude is not positive: such come last
             magnitude = (h - sae.b_gate) * sae.r_mag.exp() + sae.b_mag  # type: ignore[operator]
             h = torch.where(magnitude > 0, h, h.amin())
         if threshold is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -366,7 +365,7 @@ def demo(
     in out/acts. A finished demo is verified (checksums of its files) and its metrics returned.
 
     Returns:
-        metrics.json of each family.
+        What the demo measured, for each family.
     """
     out = Path(out)
     if config.recipe != "hard":
@@ -376,7 +375,7 @@ def demo(
     }  # fmt: skip
     ledger = Ledger.open(out, identity, command)
     if ledger.done:
-        return {family: read_json(out / family / "metrics.json") for family in families}
+        return {family: _measured(out / family) for family in families}
     model = _load_host(host, progress)
     model.hook_point(hook)
     with ledger.clock("harvest"):
@@ -531,8 +530,9 @@ def evaluate_folder(
         measured, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, eps=eps,
         config={**config, "ce_tokens": ce_tokens, "eps": eps}, progress=progress,
     )  # fmt: skip
-    if (run / "run.json").exists() and (run / "metrics.json").exists() and not (run / UPGRADE_METRICS).exists():
-        shutil.copyfile(run / "metrics.json", run / UPGRADE_METRICS)  # what the upgrade itself measured stays
+    is_upgraded = (run / "run.json").exists() and read_json(run / "run.json").get("done", False)
+    if is_upgraded and not (run / UPGRADE_METRICS).exists():
+        write_json(run / UPGRADE_METRICS, read_json(run / "metrics.json"))
     write_json(run / "metrics.json", metrics)
     if (run / "report.html").exists():
         write_report([run], run / "report.html")

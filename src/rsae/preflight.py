@@ -6,10 +6,10 @@ reconstruction: the weights were trained to make it good under one convention, a
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -170,10 +170,10 @@ def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> It
     """Every convention of the checkpoint, the other way round."""
 
     def altered(**changes: Any) -> SAE[Any]:
-        other = copied(sae)
-        for name, value in changes.items():
-            setattr(other.cfg, name, value)
-        return _rebuilt(other)
+        # Made anew: SAELens reads parts of a configuration only at the start
+        other = type(sae)(replace(sae.cfg, **changes))
+        other.load_state_dict(sae.state_dict())
+        return other
 
     subtracted = ("subtracted", "not subtracted")
     declared, instead = subtracted if sae.cfg.apply_b_dec_to_input else subtracted[::-1]
@@ -213,13 +213,6 @@ def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> It
 
     if host.tokenizer.bos_token_id is not None:
         yield Alternative("BOS", "at the start of a context", "left out", sae, BY_FAR, with_bos=False)
-
-
-def _rebuilt(sae: SAE[Any]) -> SAE[Any]:
-    """The same weights in a new SAE of the configuration as it stands: SAELens reads parts of it only at the start."""
-    other = type(sae)(copy.deepcopy(sae.cfg))
-    other.load_state_dict(sae.state_dict())
-    return other
 
 
 @torch.no_grad()

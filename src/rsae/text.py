@@ -362,10 +362,8 @@ def _hub_documents(spec: str) -> Iterator[Document]:
         raise ValueError(f"{spec} needs the package datasets; install it with: pip install datasets") from None
     try:
         rows = load_dataset(match[1], split=match[2], streaming=True)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # a dataset that needs code of its own, no such split; no network is an OSError
+    # A dataset that needs code of its own, or has no such split; no network is an OSError
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot read {spec!r} from the hub: {error}") from error
     for number, row in enumerate(rows):
         if "text" not in row:

@@ -291,9 +291,8 @@ def facts(run: Run) -> dict[str, str]:
     info, metrics = run.info, run.metrics
     config = metrics.get("config") or {}
     tokens = info.get("tokens") or {}
-    if measured := [
-        run.value(arm, "n_tokens") for arm in run.arms
-    ]:  # `rsae evaluate` may have had others than the upgrade
+    # `rsae evaluate` may have had others than the upgrade
+    if measured := [run.value(arm, "n_tokens") for arm in run.arms]:
         tokens = {**tokens, "evaluation": measured[0]}
     excluded = metrics.get("excluded") or {}
     provenance = info.get("provenance") or metrics.get("provenance") or {}
