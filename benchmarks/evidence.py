@@ -34,7 +34,7 @@ from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_
 from rsae.calibrate import calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
-from rsae.finetune import LOOP, FinetuneConfig, finetune
+from rsae.finetune import FinetuneConfig, TopKTrainee, Trainee, finetune
 from rsae.hosts import TokenLosses, load_host
 from rsae.identity import identity
 from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
@@ -257,13 +257,18 @@ def _plain(change: dict[str, Any]) -> dict[str, Any]:
     return {"surrogate": asdict(change["surrogate"])} if "surrogate" in change else {}
 
 
+def loop_of(cell: Cell) -> int:
+    """The training loop of a cell's teacher and control (an RSAE's is the same from any teacher)."""
+    return (TopKTrainee if cell.family == "topk" else Trainee).loop
+
+
 def about(cell: Cell, data: Data) -> dict[str, Any]:
     """What a cell is."""
     return {
         "host": cell.host, "hook": cell.hook, "is_middle": cell.layer == LAYERS[cell.host][1],
         "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
-        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)), "loop": LOOP,
+        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)), "loop": loop_of(cell),
         "provenance": provenance(),
     }  # fmt: skip
 
@@ -348,7 +353,7 @@ def main() -> None:
             is_done = bool(
                 done
                 and done["settings"] == config_hash(settings(cell))
-                and done.get("loop", 3) == LOOP  # the first cells do not say
+                and done.get("loop", 3) == loop_of(cell)  # the first cells do not say
                 and (done["failed"] or set(arms) <= set(done["arms"]))
             )
             if time.monotonic() > deadline:

@@ -29,10 +29,9 @@ from rsae.artefacts import Progress, read_json, write_json
 from rsae.calibrate import counting_threshold, match_l0, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
-from rsae.mesh import ALONE, Mesh
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE
-from rsae.sparse import Entries, decode, encode, pre_activations
+from rsae.sparse import Entries
 from rsae.teachers import load_teacher
 from rsae.text import evaluation_contexts
 
@@ -71,33 +70,6 @@ class SignedTrainee(finetuning.ThresholdTrainee):
         return super().latents(h.abs(), entries) * h.sign()
 
 
-class AuxiliaryTrainee(finetuning.TopKTrainee):
-    """A TopK whose silent latents learn from what the others leave (Gao et al., 2024, arXiv:2406.04093, with their weight)."""
-
-    silent: Tensor
-
-    def __init__(self, sae: SAE[Any], unit: float, config: finetuning.FinetuneConfig, mesh: Mesh = ALONE) -> None:
-        super().__init__(sae, unit, config, mesh)
-        self.register_buffer("silent", torch.zeros(sae.cfg.d_sae, dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> finetuning.Step:
-        inputs = x - self.centre
-        h = pre_activations(inputs, self.W_enc, self.b_enc)
-        entries = self.choose(h)
-        z = encode(h, inputs, self.W_enc, self.b_enc, entries).relu()
-        x_hat = self.decode(z, entries)
-        squared_error = self.squared_error(x_hat, x)
-        active = torch.bincount(entries.latents[z > 0], minlength=len(self.silent))
-        self.silent = torch.where(active > 0, 0, self.silent + len(x))
-        is_silent = self.silent > finetuning.SILENT_TOKENS
-        loss, n_silent = squared_error, int(is_silent.sum())
-        if n_silent:
-            others = Entries.largest(torch.where(is_silent, h, -torch.inf), min(n_silent, x.shape[1] // 2))
-            found = decode(encode(h, inputs, self.W_enc, self.b_enc, others).relu(), self.W_dec, others)
-            loss = loss + self.squared_error(found, (x - x_hat).detach()) / 32
-        return finetuning.Step(loss, squared_error, self.l0(z, x))
-
-
 def two_sided(sae: RationalSAE) -> RationalSAE:
     """What a gate with two sides makes of `sae`, as a RationalSAE of twice the width: each latent, and its negative."""
     d_sae = sae.cfg.d_sae
@@ -127,7 +99,8 @@ class Variation:
     kernel: Callable[[Tensor, Tensor], Tensor] | None = None
     """Of the edge, in place of the rectangle."""
     is_signed: bool = False
-    has_auxiliary_loss: bool = False
+    auxiliary: float | None = None
+    """Weight of a TopK's auxiliary loss."""
 
     def begin(self, kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
         """What it starts from, where its arm starts from `kind` (`benchmarks.evidence.start`)."""
@@ -146,8 +119,8 @@ class Variation:
                 stack.enter_context(mock.patch.object(rational, "_window", self.kernel))
             if self.is_signed:
                 stack.enter_context(mock.patch.object(finetuning, "ThresholdTrainee", SignedTrainee))
-            if self.has_auxiliary_loss:
-                stack.enter_context(mock.patch.object(finetuning, "TopKTrainee", AuxiliaryTrainee))
+            if self.auxiliary is not None:
+                stack.enter_context(mock.patch.object(finetuning, "AUXILIARY", self.auxiliary))
             yield
 
 
@@ -210,21 +183,23 @@ JUMPRELU = {
     f"lr 2e-3, {name}": replace(variation, change={"lr": 2e-3, **variation.change})
     for name, variation in AT_TWICE_THE_RATE.items()
 }
-AUXILIARY = {"control, auxiliary loss": Variation(has_auxiliary_loss=True)}
+WITHOUT = {"control, no auxiliary loss": Variation(auxiliary=0.0)}
 VARIATIONS: dict[Cell, dict[str, Variation]] = {
     Cell(SMOLLM2, 15, "relu", 32, 0): CONTROL | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
     Cell(SMOLLM2, 15, "topk", 32, 0): CONTROL
-    | AUXILIARY
+    | WITHOUT
     | _rsae(RSAE | EDGE | SHAPE)
     | {"rsae, a scale for each latent": Variation(scales="each")}
     | PAPER,
     Cell(SMOLLM2, 15, "jumprelu", 32, 0): CONTROL | THRESHOLDS | _rsae(RATES | JUMPRELU),
     Cell(GEMMA, 9, "topk", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
-    | AUXILIARY
+    | WITHOUT
     | _rsae({"": Variation()}),
     Cell(GEMMA, 9, "jumprelu", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
     | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
 }
+BEFORE = "Teacher and control were trained before a TopK had the auxiliary loss, but for the control whose row says so."
+"""Of cells in search.json that carry more than a cell's name: the rows of the loop before."""
 SHOWN = {"fvu": relative, "delta_ce": nats}
 
 
@@ -289,7 +264,7 @@ def page(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     cells = {cell.name: cell for cell in VARIATIONS}
     for where, variations in result["cells"].items():
-        cell = cells[where]
+        cell = cells[where.partition(",")[0]]
         rows = []
         for name, m in variations.items():
             from_control = [show(m["minus_control"][key]) if m["minus_control"] else "" for key, show in SHOWN.items()]
@@ -302,11 +277,12 @@ def page(result: dict[str, Any]) -> str:
             "",
             f"## {where}",
             "",
+            *([] if where in cells else [BEFORE, ""]),
             f"The model's loss: on {CE_TOKENS[cell.host]:,} tokens.",
             "",
             table(heads, rows),
         ]
-        if left := [name for name in VARIATIONS[cell] if name not in variations]:
+        if left := [name for name in VARIATIONS[cell] if name not in variations and where in cells]:
             lines.append(f"Not run: {'; '.join(left)}.\n")
     return "\n".join(lines)
 

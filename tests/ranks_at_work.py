@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from test_finetune import SMALL, MemoryStore
 
+from rsae import finetune as finetuning
 from rsae.finetune import finetune
 from rsae.mesh import Mesh
 from rsae.teachers import load_teacher
@@ -22,6 +23,7 @@ ARMS = {
     "relu": {},
     "jumprelu": {},
     "topk": {},
+    "topk-with-silent": {},
     "gated": {},
     "rational-relu": {},
     "rational-topk": {},
@@ -45,6 +47,7 @@ def main() -> None:
                 raise KeyboardInterrupt
 
     for arm, change in ARMS.items():
+        finetuning.SILENT_TOKENS = 200 if "silent" in arm else 100_000
         config = replace(SMALL, steps=20, **change)
         sae = load_teacher(folder.parent / "start" / arm).sae
         try:

@@ -19,11 +19,13 @@ from sae_lens import (
     TopKSAEConfig,
 )
 
+from rsae import finetune as finetuning
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
 from rsae.finetune import FinetuneConfig, check_topk_l0, finetune, schedule, trainee_for
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE, copied
+from rsae.sparse import Entries
 from rsae.teachers import load_teacher
 
 D_IN, D_SAE, L0 = 12, 40, 4
@@ -120,6 +122,35 @@ class TestGradients:
             return torch.zeros_like(h).scatter(1, kept, h.gather(1, kept).relu())
 
         self.compare(trainee, data.x[:64] / 10, topk)
+
+    def test_topk_with_silent_latents(self, teachers, data):
+        """What they make of the error is an error of its own, in which nothing else learns."""
+        trainee, x = trainee_for(teachers["topk"], 10.0, SMALL), data.x[:64] / 10
+        is_silent = torch.arange(D_SAE) % 2 == 0
+        trainee.choose = lambda h: Entries.largest(torch.where(is_silent, -torch.inf, h), L0)
+        trainee(x).loss.backward()
+        assert not trainee.W_enc.grad[is_silent].any()
+        active = {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
+        trainee.zero_grad()
+        trainee.silent[is_silent] = finetuning.SILENT_TOKENS
+        step = trainee(x)
+        step.loss.backward()
+        found = {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
+        trainee.zero_grad()
+        h = (x - trainee.centre) @ trainee.W_enc.T + trainee.b_enc
+        kept = torch.where(is_silent, -torch.inf, h).topk(L0, dim=1).indices
+        z = torch.zeros_like(h).scatter(1, kept, h.gather(1, kept).relu())
+        error = (x - z @ trainee.W_dec - trainee.b_dec).detach()
+        others = torch.where(is_silent, h, -torch.inf).topk(D_IN // 2, dim=1).indices
+        z = torch.zeros_like(h).scatter(1, others, h.gather(1, others).relu())
+        auxiliary = (error - z @ trainee.W_dec).square().sum(1).mean() / 32
+        auxiliary.backward()
+        torch.testing.assert_close(step.loss - step.squared_error, auxiliary, rtol=1e-4, atol=1e-4)
+        for name in ("W_enc", "b_enc", "W_dec"):
+            expected = active[name] + getattr(trainee, name).grad
+            assert (getattr(trainee, name).grad[is_silent] != 0).any()
+            assert (found[name] - expected).norm() / expected.norm() < 1e-4, name
+        torch.testing.assert_close(found["b_dec"], active["b_dec"])
 
     @pytest.mark.parametrize("kind", ["rectangle", "jump-corrected"])
     def test_rational_with_hard_support(self, teachers, data, kind):

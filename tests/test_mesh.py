@@ -50,6 +50,9 @@ def runs(tmp_path_factory):
         save_sae(sae, folder / "start" / family)
         save_sae(calibrate(RationalSAE.from_teacher(sae), [data.x]), folder / "start" / f"rational-{family}")
     save_sae(calibrate(RationalSAE.from_teacher(sae, support="dense"), [data.x]), folder / "start" / "dense-topk")
+    with torch.no_grad():
+        sae.W_enc[:, ::3] *= 0.01  # positive at times, never among the largest
+    save_sae(sae, folder / "start" / "topk-with-silent")
     gated = GatedSAE(GatedSAEConfig(d_in=D_IN, d_sae=D_SAE))
     with torch.no_grad():
         gated.W_enc.copy_(sae.W_enc)
@@ -59,6 +62,9 @@ def runs(tmp_path_factory):
     save_sae(gated, folder / "start" / "gated")
     done = work(folder / "alone")
     assert done.returncode == 0, done.stderr
+    before, after = (load_teacher(folder / of / "topk-with-silent").sae for of in ("start", "alone"))
+    # None is ever among the largest: what moves them is the auxiliary loss
+    assert (before.W_enc != after.W_enc).any(0)[::3].all()
     return folder
 
 
@@ -66,7 +72,7 @@ def assert_same(run, reference):
     """The same losses at every step that is logged, and SAEs that do the same."""
     x = MemoryStore(500, seed=5).x
     arms = sorted(path.name for path in reference.iterdir())
-    assert len(arms) == 8
+    assert len(arms) == 9
     for arm in arms:
         ours, theirs = (
             [json.loads(line) for line in (path / arm / "log.jsonl").read_text().splitlines()]
@@ -98,7 +104,7 @@ def test_a_run_whose_rank_died_goes_on_with_other_ranks(runs):
     done = work(folder, data=2, latents=2, stop=15)
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
-    assert len(list(folder.glob("*/checkpoint-10"))) == 8
+    assert len(list(folder.glob("*/checkpoint-10"))) == 9
     done = work(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(folder.glob("*/checkpoint-*"))

@@ -12,7 +12,6 @@ from rsae.calibrate import calibrate, mean_l0
 from rsae.finetune import FinetuneConfig, finetune, trainee_for
 from rsae.pretrain import initial_sae
 from rsae.sae import RationalSAE
-from rsae.sparse import Entries
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +53,3 @@ def test_a_gate_with_two_sides_is_what_was_trained(search, family):
     assert mean_l0(doubled, [held_out.x]) == pytest.approx(float(step.l0), rel=0.02)
     variance = (held_out.x - held_out.x.mean(0)).square().sum() / len(held_out.x)
     assert fvu(doubled, held_out) == pytest.approx(float(step.squared_error.detach() / variance), rel=0.02)
-
-
-def test_an_auxiliary_loss_reaches_the_silent_latents_alone(search):
-    data, x = MemoryStore(1000, seed=0), MemoryStore(64, seed=1).x
-    teacher = initial_sae("topk", data, d_sae=D_SAE, l0=4, seed=0)
-    with torch.no_grad():
-        teacher.b_enc[:5] = -1e3  # never among the largest
-    how = FinetuneConfig(steps=1, batch_size=64)
-    plain = trainee_for(teacher, 50.0, how)
-    with search.Variation(has_auxiliary_loss=True).in_the_loop():
-        trainee = trainee_for(teacher, 50.0, how)
-    x = trainee.inputs(x)
-    assert float(trainee(x).loss.detach()) == float(plain(x).loss.detach())  # none has been silent for long
-    with torch.no_grad():
-        trainee.b_enc[:5] = plain.b_enc[:5] = 0.0
-        trainee.choose = lambda h: Entries.largest(torch.where(torch.arange(D_SAE) < 5, -torch.inf, h), 4)
-        plain.choose = trainee.choose
-    trainee.silent[:5] = 10**6
-    for model in (trainee, plain):
-        model(x).loss.backward()
-    assert (trainee.W_enc.grad[:5].abs().sum(1) > 0).any()
-    assert not plain.W_enc.grad[:5].any()
-    torch.testing.assert_close(trainee.W_enc.grad[5:], plain.W_enc.grad[5:])
-    torch.testing.assert_close(trainee.b_dec.grad, plain.b_dec.grad)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rsae import sparse
@@ -43,11 +43,11 @@ Objective = Literal["matched-l0", "l0", "l1"]
 Part = Literal["weights", "thresholds", "scales", "shape"]
 
 LOG_EVERY = 10
-LOOP = 3
-"""Raised whenever the same settings come to another result, so that an older run is not taken for one of this loop."""
 NORMALISED = ("layer_norm", "constant_norm_rescale")
-# A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is.
+# A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is; a TopK's, which has none,
+# learns from what the active ones leave.
 SILENT_TOKENS = 100_000
+AUXILIARY = 1 / 32
 # No log-threshold, in training units, goes below: a latent that nothing wakes, or an L0 out of reach, would take it where exp is 0.
 LOWEST = math.log(1e-6)
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
@@ -143,6 +143,8 @@ class Trainee(nn.Module, ABC):
     centre: Float[Tensor, " d_in"]
     norms: Float[Tensor, "d_sae 1"]
 
+    loop = 3
+    """Raised whenever the same settings come to another result, so that an older run is not taken for one of this loop."""
     encoder_bias = "b_enc"
     """The bias of the pre-activations that decide which latents are active, by its name in the checkpoint."""
     row_scale: Float[Tensor, "batch 1"] | None = None
@@ -256,8 +258,10 @@ class SparseTrainee(Trainee):
         entries = self.choose(dense)
         h = sparse.encode(dense, inputs, self.W_enc, self.b_enc, entries)
         z = self.latents(h, entries)
-        squared_error = self.squared_error(self.decode(z, entries), x)
-        return Step(squared_error + self.penalty(z, entries), squared_error, self.l0(z, x))
+        x_hat = self.decode(z, entries)
+        squared_error = self.squared_error(x_hat, x)
+        loss = squared_error + self.penalty(z, entries) + self.revival(dense, inputs, x, x_hat)
+        return Step(loss, squared_error, self.l0(z, x))
 
     def decode(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, "batch d_in"]:
         """x_hat from the latents at the entries."""
@@ -269,6 +273,17 @@ class SparseTrainee(Trainee):
             return 0.0
         assert self.config.penalty is not None
         return self.config.penalty * self.l1(z, entries)
+
+    def revival(self, h: Float[Tensor, "batch d_sae"], inputs: Tensor, x: Tensor, x_hat: Tensor) -> Tensor | float:
+        """What is added for latents that are never active, given the pre-activations and what the active ones make of x."""
+        return 0.0
+
+    def see_active(
+        self, latents: Int[Tensor, " n"], silent: Float[Tensor, " d_sae"], batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """How often each latent was active in a batch over all ranks, and the tokens since it last was (`silent` before)."""
+        active = self.mesh.data.sum(torch.bincount(latents, minlength=len(silent)))
+        return active, torch.where(active > 0, 0, silent + batch * self.mesh.data.size)
 
     def l1(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, ""]:
         """Sum of |z_j| ||w_j||, averaged over the batch."""
@@ -356,19 +371,42 @@ class GatedTrainee(ReLUTrainee):
 
 
 class TopKTrainee(SparseTrainee):
-    """The k largest pre-activations, if positive."""
+    """The k largest pre-activations, if positive.
+
+    Latents that are never among them learn from what these leave of x, by the auxiliary loss of Gao et al. (2024,
+    arXiv:2406.04093): the squared error of the largest silent ones, d_in/2 at most, in reconstructing it.
+    """
+
+    loop = 4
+    silent: Tensor
 
     def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
         super().__init__(sae, unit, config, mesh)
         self.k: int = sae.cfg.k
+        self.register_buffer("silent", torch.zeros(sae.cfg.d_sae))  # tokens since a latent was last active
 
     def choose(self, h: Tensor) -> sparse.Entries:
+        return self.largest(h, self.k)
+
+    def largest(self, h: Tensor, k: int) -> sparse.Entries:
+        """The k largest of each row, over all shards."""
         if self.mesh.latents.size > 1:
-            return sparse.Entries.of(self.mesh.is_among_largest(h, self.k))
-        return sparse.Entries.largest(h, self.k)
+            return sparse.Entries.of(self.mesh.is_among_largest(h, k))
+        return sparse.Entries.largest(h, k)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
+        _, self.silent = self.see_active(entries.latents[h > 0], self.silent, entries.shape[0])
         return h.relu()
+
+    def revival(self, h: Tensor, inputs: Tensor, x: Tensor, x_hat: Tensor) -> Tensor | float:
+        is_silent = self.silent > SILENT_TOKENS
+        n_silent = int(self.mesh.latents.sum(is_silent.sum()))
+        if not n_silent:
+            return 0.0
+        entries = self.largest(torch.where(is_silent, h, -torch.inf), min(n_silent, x.shape[1] // 2))
+        z = sparse.encode(h, inputs, self.W_enc, self.b_enc, entries).relu()
+        found = self.mesh.sum_latents(sparse.decode(z, self.W_dec, entries))
+        return AUXILIARY * self.squared_error(found, (x - x_hat).detach())
 
     def write_gate(self, sae: SAE[Any]) -> None:
         pass
@@ -420,9 +458,8 @@ class ThresholdTrainee(SparseTrainee):
         if surrogate.price is not None:
             surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
         on = h > threshold.detach()
+        active, self.silent = self.see_active(entries.latents[on], self.silent, entries.shape[0])
         samples = entries.shape[0] * self.mesh.data.size
-        active = self.mesh.data.sum(torch.bincount(entries.latents[on], minlength=entries.shape[1]))
-        self.silent = torch.where(active > 0, 0, self.silent + samples)
         rate = (active / samples)[entries.latents] if surrogate.crowding else None
         return hard_edge(amplitude, h, threshold, on, surrogate, curvature, rate, self.mesh.total)
 
@@ -454,8 +491,9 @@ class ThresholdTrainee(SparseTrainee):
 class DenseTrainee(Trainee):
     """The paper's gate: no latent is exactly 0, so everything is dense, and an l1 price is all that keeps latents small."""
 
-    def __init__(self, sae: RationalSAE, unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
+    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
         super().__init__(sae, unit, config, mesh)
+        assert isinstance(sae, RationalSAE)
         if config.objective != "l1":
             raise ValueError(
                 f"a dense gate has no zeros to count: use objective 'l1' with a penalty; got {config.objective!r}"
@@ -517,8 +555,8 @@ class TrainableGate(nn.Module):
         sae.sync_config()
 
 
-def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> Trainee:
-    """The Trainee of an SAE's architecture."""
+def kind_of(sae: SAE[Any]) -> type[Trainee]:
+    """The class that trains an SAE's gate."""
     architecture = sae.cfg.architecture()
     kinds: dict[str, type[Trainee]] = {
         "standard": ReLUTrainee,
@@ -528,10 +566,15 @@ def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh =
         "rational": ThresholdTrainee,
     }
     if isinstance(sae, RationalSAE) and sae.gate.support == "dense":
-        return DenseTrainee(sae, unit, config, mesh)
+        return DenseTrainee
     if architecture not in kinds:
         raise ValueError(f"fine-tuning knows {', '.join(kinds)}; this SAE is {architecture!r}")
-    return kinds[architecture](sae, unit, config, mesh)
+    return kinds[architecture]
+
+
+def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> Trainee:
+    """The Trainee of an SAE."""
+    return kind_of(sae)(sae, unit, config, mesh)
 
 
 def schedule(step: int, config: FinetuneConfig) -> float:
@@ -652,7 +695,7 @@ def finetune(
     keep_pages()
     check_settings(sae, config)
     inputs = {
-        "loop": LOOP,
+        "loop": kind_of(sae).loop,
         "config": asdict(config),
         "sae": _hash_of(sae),
         "data": data.fingerprint,
