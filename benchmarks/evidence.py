@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from benchmarks.evidence_tables import METRICS, STEPS, setting_of, short, write_tables
+from benchmarks.evidence_tables import FIRST_LOOP, METRICS, STEPS, setting_of, short, write_tables
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, mean_l0
@@ -339,6 +339,7 @@ def main() -> None:
     file = RESULTS / "evidence.json"
     evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
     evidence["settings"] = {setting_of(asdict(cell)): settings(cell) for cell in grid()}
+    evidence["loops"] = {setting_of(asdict(cell)): loop_of(cell) for cell in grid()}
     evidence["grid"] = len(grid())
     known = {cell["name"]: cell for cell in evidence["cells"]}
     chosen = [] if arguments.tables else [cell for cell in grid() if arguments.only in cell.name]
@@ -353,7 +354,7 @@ def main() -> None:
             is_done = bool(
                 done
                 and done["settings"] == config_hash(settings(cell))
-                and done.get("loop", 3) == loop_of(cell)  # the first cells do not say
+                and done.get("loop", FIRST_LOOP) == loop_of(cell)
                 and (done["failed"] or set(arms) <= set(done["arms"]))
             )
             if time.monotonic() > deadline:

@@ -30,6 +30,8 @@ SAYS = {
 }
 STEPS = ("rsae", "threshold_follow", "threshold_jump", "threshold_rectangle", "control")
 """From the RSAE to its control, one thing less at a time."""
+FIRST_LOOP = 3
+"""The training loop of cells that do not say."""
 CHOSEN_ON = ("jumprelu", "topk")
 """Families whose cells of the middle layers, L0 32, seed 0, the default recipe was chosen on, or revised after."""
 
@@ -50,24 +52,27 @@ CHOSEN = _prose("""
 COVERS = _prose("""
     **What an interval covers.** The documents of this text; not other teachers, other batches, or other text. Sets of
     documents, even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the control,
-    searched"). Three teachers (SmolLM2's JumpReLU and TopK and Gemma's TopK, seed 0) were trained by the loop before the
-    present one, which differs from it by rounding.
+    searched").
 """)
 DIFFERS = _prose("""
-    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent, and thresholds that come
-    down to latents that are silent (a JumpReLU control has both; ReLU and TopK controls have no such revival. An auxiliary
-    loss brings a TopK control as many: [SEARCH.md](SEARCH.md). The RSAE's wins in alive from a TopK are therefore not the
-    gate's). From a ReLU: no l1 price, which its control keeps. From all three: the jump-corrected gradient, a price on
-    crowds, thresholds that follow the sample a little, and the rational with its scales.
+    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU control has it
+    too). From a ReLU: no l1 price, which its control keeps. From all three: the jump-corrected gradient, a price on crowds,
+    thresholds that follow the sample a little, and the rational with its scales. Latents that are silent are revived in all
+    arms but a ReLU control: where there are thresholds they come down to them, and a TopK has its auxiliary loss.
 """)
 Cell = dict[str, Any]
 
 
 def write_tables(evidence: dict[str, Any], out: Path) -> None:
     """Write everything that shows `evidence`: in `out`, and in the README beside it."""
-    # What was measured with other settings stays in the file and out of the tables
+    # What was measured with other settings, or by another loop, stays in the file and out of the tables
     current = {name: config_hash(settings) for name, settings in evidence["settings"].items()}
-    cells = [cell for cell in evidence["cells"] if cell["settings"] == current.get(setting_of(cell))]
+    cells = [
+        cell
+        for cell in evidence["cells"]
+        if cell["settings"] == current.get(of := setting_of(cell))
+        and cell.get("loop", FIRST_LOOP) == evidence["loops"][of]
+    ]
     evidence = {**evidence, "cells": cells}
     write_page(out / "EVIDENCE.md", _page(evidence))
     for host in _hosts(cells):
