@@ -14,7 +14,7 @@ from rsae import kernels, sparse
 from rsae.minimax import fit_gate
 from rsae.rational import rational, sample_scale
 
-SHAPES = [(1, 1, 1), (3, 5, 2), (7, 33, 17), (64, 100, 48), (13, 257, 640)]
+SHAPES = [(1, 1, 1), (3, 5, 2), (7, 33, 17), (64, 100, 48), (13, 257, 640), (5, 700, 200)]
 
 
 @pytest.fixture

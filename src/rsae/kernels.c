@@ -31,13 +31,6 @@ static inline float widen(uint16_t bfloat16) {
     return value;
 }
 
-static void relative(const uint16_t *h, const float *inverse, i64 n, float *out) {
-    if (inverse)
-        for (i64 j = 0; j < n; j++) out[j] = widen(h[j]) * inverse[j];
-    else
-        for (i64 j = 0; j < n; j++) out[j] = widen(h[j]);
-}
-
 /* Bit l: whether r[l] is above the limit, l < LANES. */
 static inline uint32_t bits_above(const float *r, float limit) {
 #ifdef __AVX512F__
@@ -53,16 +46,45 @@ static inline uint32_t bits_above(const float *r, float limit) {
 #endif
 }
 
-/* Indices of the values above a limit; entries are few, so whole blocks are passed over. `found` has room for n + 1. */
-static i64 find_above(const float *r, i64 n, float limit, i64 *found) {
+/* What a gate compares: h, or h times the inverse of its latent's threshold. */
+static inline float relative(const uint16_t *h, const float *inverse, i64 j) {
+    return inverse ? widen(h[j]) * inverse[j] : widen(h[j]);
+}
+
+/* The relative values of a row that are above a limit, and where they stand; entries are few, so whole blocks are passed over. `found`
+ * and `values` have room for n + 1. */
+static inline i64 above(const uint16_t *h, const float *inverse, i64 n, float limit, int32_t *found, float *values) {
     i64 m = 0, j = 0;
-    for (; j + LANES <= n; j += LANES)
-        for (uint32_t bits = bits_above(r + j, limit); bits; bits &= bits - 1) found[m++] = j + __builtin_ctz(bits);
+    for (; j + LANES <= n; j += LANES) {
+        float r[LANES];
+        for (i64 lane = 0; lane < LANES; lane++) r[lane] = relative(h, inverse, j + lane);
+        for (uint32_t bits = bits_above(r, limit); bits; bits &= bits - 1) {
+            i64 lane = __builtin_ctz(bits);
+            found[m] = (int32_t)(j + lane);
+            values[m++] = r[lane];
+        }
+    }
     for (; j < n; j++) {
-        found[m] = j;
-        m += r[j] > limit;
+        found[m] = (int32_t)j;
+        values[m] = relative(h, inverse, j);
+        m += values[m] > limit;
     }
     return m;
+}
+
+static i64 find_above(const uint16_t *h, const float *inverse, i64 n, float limit, int32_t *found, float *values) {
+    return inverse ? above(h, inverse, n, limit, found, values) : above(h, NULL, n, limit, found, values);
+}
+
+/* The values above a limit that `find_above` listed are kept, in their order. */
+static i64 keep_above(i64 m, float limit, int32_t *found, float *values) {
+    i64 kept = 0;
+    for (i64 i = 0; i < m; i++) {
+        found[kept] = found[i];
+        values[kept] = values[i];
+        kept += values[i] > limit;
+    }
+    return kept;
 }
 
 /* Reorder so that a[k] is the (k+1)-th largest and nothing before it is smaller. */
@@ -86,115 +108,165 @@ static void select_largest(float *a, i64 n, i64 k) {
     }
 }
 
-/* The k-th and the (k+1)-th largest of a row, 0 < k < n. `guess` is a lower bound to try first; it only saves time. */
-static void two_largest(const float *r, i64 n, i64 k, i64 *found, float *buffer, float *guess, float *kth, float *next) {
+/* The k-th and the (k+1)-th largest of a row, 0 < k < n. `guess` is a lower bound to try first, and only saves time; `m`: how many
+ * values `found` and `values` list, those above `*listed`. */
+static i64 two_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, int32_t *found, float *values, float *buffer,
+                       float *guess, float *listed, float *kth, float *next) {
     i64 m;
     for (;;) {
-        m = find_above(r, n, *guess, found);
-        for (i64 i = 0; i < m; i++) buffer[i] = r[found[i]];
-        if (m > k) break;
+        m = find_above(h, inverse, n, *guess, found, values);
+        *listed = *guess;
+        if (m > k) {
+            memcpy(buffer, values, m * sizeof(float));
+            select_largest(buffer, m, k);
+            break;
+        }
         *guess = *guess > 1e-30f ? 0.25f * *guess : -INFINITY;
-        if (*guess == -INFINITY) {
-            memcpy(buffer, r, n * sizeof(float));
-            m = n;
+        if (*guess == -INFINITY) { /* whatever they are, -inf and nan too */
+            for (i64 j = 0; j < n; j++) buffer[j] = relative(h, inverse, j);
+            select_largest(buffer, n, k);
+            m = find_above(h, inverse, n, *guess, found, values);
+            *listed = *guess;
             break;
         }
     }
-    select_largest(buffer, m, k);
     *next = buffer[k];
     *kth = buffer[0];
     for (i64 j = 1; j < k; j++)
         if (buffer[j] < *kth) *kth = buffer[j];
-    *guess = *next > 0 && *next < INFINITY ? 0.8f * *next : 0.0f;
+    return m;
+}
+
+/* The k largest of a row, of equal ones the first. `found` lists the m that are above the k-th. */
+static void take_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, i64 m, float kth, int32_t *found) {
+    if (m < k) {
+        i64 ties = k - m;
+        m = 0;
+        for (i64 j = 0; j < n && m < k; j++) {
+            float r = relative(h, inverse, j);
+            int tie = r == kth && ties > 0;
+            ties -= tie;
+            found[m] = (int32_t)j;
+            m += tie || r > kth;
+        }
+    }
+    for (; m < k; m++) found[m] = (int32_t)m; /* a row with nan, which is no larger than anything */
 }
 
 /* For each row: the scale s (midpoint of the k-th and (k+1)-th largest relative value, or 1 where k is 0), the edge lowest * s^alpha,
- * and how many relative values are above it. With `exact` the edge is the k-th largest and k entries count. */
+ * and how many relative values are above it. With `exact` the edge is the k-th largest and k entries count. The latents of a row with
+ * no more than `room` entries are put into its part of `scratch`; with `exact` there is room for k. */
 void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64 k, float alpha, float lowest, i64 exact,
-                   float smallest, float *scale, float *edge, i64 *count) {
+                   float smallest, float *scale, float *edge, i64 *count, i64 room, int32_t *scratch) {
 #pragma omp parallel
   {
-    float *r = malloc(2 * n * sizeof(float)), *buffer = r + n, guess = 0.0f;
-    i64 *found = malloc((n + 1) * sizeof(i64));
+    float *values = malloc((2 * n + 1) * sizeof(float)), *buffer = values + n + 1, guess = 0.0f;
+    int32_t *found = malloc((n + 1) * sizeof(int32_t));
 #pragma omp for schedule(static)
     for (i64 row = 0; row < size; row++) {
-        relative(h + row * n, inverse, n, r);
-        float s = 1.0f, kth = 0.0f, next = 0.0f;
+        const uint16_t *here = h + row * n;
+        float s = 1.0f, kth = -INFINITY, next = 0.0f, listed = INFINITY;
+        i64 m = 0;
         if (k > 0) {
-            if (k < n) two_largest(r, n, k, found, buffer, &guess, &kth, &next);
+            if (k < n) m = two_largest(here, inverse, n, k, found, values, buffer, &guess, &listed, &kth, &next);
             s = k < n ? 0.5f * (kth + next) : 0.0f;
             if (!(s > smallest)) s = smallest;
         }
+        float limit = exact ? kth : lowest * (k > 0 && alpha != 0.0f ? (alpha == 1.0f ? s : powf(s, alpha)) : 1.0f);
+        m = limit >= listed ? keep_above(m, limit, found, values) : find_above(here, inverse, n, limit, found, values);
+        if (exact) take_largest(here, inverse, n, k, m, limit, found);
         scale[row] = s;
-        if (exact) {
-            edge[row] = k < n ? kth : -INFINITY;
-            count[row] = k;
-            continue;
-        }
-        float limit = lowest * (k > 0 && alpha != 0.0f ? (alpha == 1.0f ? s : powf(s, alpha)) : 1.0f);
-        i64 m = 0;
-        for (i64 j = 0; j < n; j++) m += r[j] > limit;
         edge[row] = limit;
-        count[row] = m;
+        count[row] = exact ? k : m;
+        if (count[row] <= room) memcpy(scratch + row * room, found, count[row] * sizeof(int32_t));
+        /* So low that the next row's list, too, reaches down to both */
+        guess = next > 0 && next < INFINITY ? 0.8f * next : 0.0f;
+        if (!exact && limit > 0 && limit < guess) guess = limit;
     }
-    free(r);
+    free(values);
     free(found);
   }
 }
 
-/* The entries that count_entries counted: their latents, their h, their rows. With `exact`, ties at the edge go to the first. */
-void fill_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64 exact, const float *edge, const i64 *offset,
-                  const i64 *count, i64 *latents, i64 *rows, float *values) {
+/* The entries that count_entries counted: their latents, their h, their rows. */
+void fill_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, const float *edge, const i64 *offset,
+                  const i64 *count, i64 room, const int32_t *scratch, i64 *latents, i64 *rows, float *values) {
 #pragma omp parallel
   {
-    float *r = malloc(n * sizeof(float));
-    i64 *found = malloc((n + 1) * sizeof(i64));
+    float *unused = malloc((n + 1) * sizeof(float));
+    int32_t *again = malloc((n + 1) * sizeof(int32_t));
 #pragma omp for schedule(static)
     for (i64 row = 0; row < size; row++) {
-        relative(h + row * n, inverse, n, r);
-        float limit = edge[row];
-        i64 m = find_above(r, n, limit, found), at = offset[row];
-        if (exact && m < count[row]) {
-            i64 ties = count[row] - m;
-            m = 0;
-            for (i64 j = 0; j < n; j++) {
-                int tie = r[j] == limit && ties > 0;
-                ties -= tie;
-                found[m] = j;
-                m += tie || r[j] > limit;
-            }
+        const uint16_t *here = h + row * n;
+        const int32_t *found = scratch + row * room;
+        if (count[row] > room) {
+            find_above(here, inverse, n, edge[row], again, unused);
+            found = again;
         }
-        for (; m < count[row]; m++) found[m] = m; /* a row with nan, which is no larger than anything */
-        for (i64 e = 0; e < count[row]; e++) {
-            latents[at + e] = found[e];
-            rows[at + e] = row;
-            values[at + e] = widen(h[row * n + found[e]]);
+        for (i64 e = 0, at = offset[row]; e < count[row]; e++, at++) {
+            latents[at] = found[e];
+            rows[at] = row;
+            values[at] = widen(here[found[e]]);
         }
     }
-    free(r);
-    free(found);
+    free(unused);
+    free(again);
   }
 }
 
-/* out[g] = sum over the entries of group g of weight * vectors[index], in their order; `order` NULL for 0, 1, 2, ... */
+/* 64 bytes, in as many registers as the processor needs for them. */
+typedef float line __attribute__((vector_size(64), aligned(4)));
+enum { LINE = 16, COLUMNS = 128 };
+
+/* out[g] = sum over the entries of group g of weight * vectors[index], in their order; `order` NULL for 0, 1, 2, ... As many columns
+ * at a time as registers can hold. */
 void sum_groups(i64 size, i64 d, const i64 *offset, i64 n_groups, i64 n_entries, const i64 *order, const i64 *index,
                 const float *weight, const float *vectors, float *out) {
-#pragma omp parallel for schedule(static)
+    i64 *from = malloc((n_entries + size) * sizeof(i64)), *last = from + n_entries;
+    float *by = malloc(n_entries * sizeof(float));
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
     for (i64 group = 0; group < size; group++) {
-        float *sum = out + group * d;
-        i64 last = group + 1 < n_groups ? offset[group + 1] : n_entries;
-        memset(sum, 0, d * sizeof(float));
-        for (i64 e = offset[group]; e < last; e++) {
+        i64 first = offset[group], end = group + 1 < n_groups ? offset[group + 1] : n_entries, at = first;
+        for (i64 e = first; e < end; e++) {
             i64 entry = order ? order[e] : e;
-            float w = weight[entry];
-            if (w == 0.0f) continue; /* near its edge, but not active */
-            const float *vector = vectors + index[entry] * d;
-            for (i64 i = 0; i < d; i++) sum[i] += w * vector[i];
+            from[at] = index[entry] * d;
+            by[at] = weight[entry];
+            at += by[at] != 0.0f; /* else it is near its edge, but not active */
+        }
+        last[group] = at;
+    }
+    for (i64 column = 0; column < d; column += COLUMNS) {
+        i64 width = d - column < COLUMNS ? d - column : COLUMNS;
+#pragma omp for schedule(static) nowait
+        for (i64 group = 0; group < size; group++) {
+            float *sum = out + group * d + column;
+            if (width == COLUMNS) {
+                line sums[COLUMNS / LINE] = {{0}};
+                for (i64 e = offset[group]; e < last[group]; e++)
+                    for (int c = 0; c < COLUMNS / LINE; c++)
+                        sums[c] += by[e] * *(const line *)(vectors + from[e] + column + c * LINE);
+                memcpy(sum, sums, sizeof sums);
+                continue;
+            }
+            memset(sum, 0, width * sizeof(float));
+            for (i64 e = offset[group]; e < last[group]; e++)
+                for (i64 i = 0; i < width; i++) sum[i] += by[e] * vectors[from[e] + column + i];
         }
     }
+  }
+    free(from);
+    free(by);
 }
 
-/* out[e] = <a[row of e], b[latent of e]>, in 16 partial sums. */
+static inline float total_of_line(line a) {
+    for (int half = LINE / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) a[lane] += a[lane + half];
+    return a[0];
+}
+
+/* out[e] = <a[row of e], b[latent of e]>, in 64 partial sums. */
 void dot_entries(i64 size, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, const i64 *latents, const float *a,
                  const float *b, float *out) {
 #pragma omp parallel for schedule(static)
@@ -203,13 +275,14 @@ void dot_entries(i64 size, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, 
         i64 last = row + 1 < n_rows ? offset[row + 1] : n_entries;
         for (i64 e = offset[row]; e < last; e++) {
             const float *y = b + latents[e] * d;
-            float partial[16] = {0}, total = 0.0f;
+            line partial[4] = {{0}};
+            float rest = 0.0f;
             i64 i = 0;
-            for (; i + 16 <= d; i += 16)
-                for (i64 lane = 0; lane < 16; lane++) partial[lane] += x[i + lane] * y[i + lane];
-            for (; i < d; i++) total += x[i] * y[i];
-            for (i64 lane = 0; lane < 16; lane++) total += partial[lane];
-            out[e] = total;
+            for (; i + 4 * LINE <= d; i += 4 * LINE)
+                for (int c = 0; c < 4; c++)
+                    partial[c] += *(const line *)(x + i + c * LINE) * *(const line *)(y + i + c * LINE);
+            for (; i < d; i++) rest += x[i] * y[i];
+            out[e] = total_of_line((partial[0] + partial[1]) + (partial[2] + partial[3])) + rest;
         }
     }
 }

@@ -28,6 +28,8 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-
 OPENMP = "-fopenmp"
 BLOCK = 256
 """Elements of a block of the rational kernels, as in kernels.c."""
+ROOM = 256
+"""Entries of a row that are kept as they are counted, or 4 k if that is more. A row with yet more is gone through again."""
 
 
 class Kernels(Protocol):
@@ -159,15 +161,19 @@ class Compiled:
         # Whatever torch's default dtype is
         scale, edge = torch.empty(batch, 1, dtype=torch.float32), torch.empty(batch, dtype=torch.float32)
         count = torch.empty(batch, dtype=torch.int64)
+        room = min(d_sae, max(ROOM, 4 * (k or 0)))
+        found = torch.empty(batch, room, dtype=torch.int32)
         self.call(
             "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, scale, edge,
-            count,
+            count, room, found,
         )  # fmt: skip
         offsets = count.cumsum(0) - count
         n = int(count.sum())
         latents, rows = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
         values = torch.empty(n, dtype=torch.float32)
-        self.call("fill_entries", batch, d_sae, h, inverse, int(exact), edge, offsets, count, latents, rows, values)
+        self.call(
+            "fill_entries", batch, d_sae, h, inverse, edge, offsets, count, room, found, latents, rows, values
+        )  # fmt: skip
         return scale, rows, latents, values
 
     def sort_by_key(self, key: Tensor, offsets: Tensor) -> Tensor:
