@@ -16,12 +16,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 import torch
 from benchmarks.evidence import ARMS, BATCH, FINETUNE, RESULTS, RUNS, TEXT, Arm, Cell, gather, start
 from benchmarks.evidence_tables import nats, ran_on, relative, table, write_page
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 from rsae import finetune as finetuning
 from rsae import rational
@@ -30,7 +32,7 @@ from rsae.calibrate import counting_threshold, match_l0, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
 from rsae.rational import Surrogate
-from rsae.sae import RationalSAE
+from rsae.sae import DELTA, THETA, RationalSAE
 from rsae.sparse import Entries
 from rsae.teachers import load_teacher
 from rsae.text import evaluation_contexts
@@ -57,6 +59,24 @@ def gaussian(distance: Tensor, width: Tensor) -> Tensor:
     """A standard deviation of width/6, cut off at the window's ends."""
     bell = 6 / math.sqrt(2 * math.pi) * torch.exp(-18 * (distance / width).square())
     return torch.where(distance.abs() < 0.5 * width, bell, 0.0)
+
+
+@cache
+def _own_density() -> Tensor:
+    """F', with F(t) = phi(t)/t the smooth step that the fit of a JumpReLU of threshold 1 makes, across its design's gap."""
+    teacher = JumpReLUSAE(JumpReLUSAEConfig(d_in=1, d_sae=1))
+    torch.nn.init.ones_(teacher.threshold)
+    gate = RationalSAE.from_teacher(teacher, support="dense").gate
+    gap = DELTA / THETA
+    t = torch.linspace(1 - gap, 1 + gap, 2001, dtype=torch.float64)
+    step = (gate.amplitude(t, gate.C_in.double(), gate.C_out.double()) / t).detach()
+    return (step[1:] - step[:-1]) * 2000 / (step[-1] - step[0])
+
+
+def own_derivative(distance: Tensor, width: Tensor) -> Tensor:
+    """The derivative of the fitted rational itself, its gap stretched over the window."""
+    density, v = _own_density().to(distance.dtype), distance / width
+    return torch.where(v.abs() < 0.5, density[((v + 0.5) * 2000).long().clamp(0, 1999)], 0.0)
 
 
 class SignedTrainee(finetuning.ThresholdTrainee):
@@ -141,6 +161,9 @@ EDGE = {
     # Of the rectangle's variance, and cut off at three standard deviations
     "triangle, bandwidth 0.7": Variation({"surrogate": Surrogate(bandwidth=0.7)}, kernel=triangle),
     "Gaussian, bandwidth 0.87": Variation({"surrogate": Surrogate(bandwidth=0.87)}, kernel=gaussian),
+    "the rational's own derivative, bandwidth 1.0": Variation(
+        {"surrogate": Surrogate(bandwidth=1.0)}, kernel=own_derivative
+    ),
 }
 SHAPE = {
     "degrees (3, 2)": Variation(degree=(3, 2)),

@@ -23,7 +23,12 @@ def search():
 
 def test_the_kernels_are_densities_and_of_one_variance(search):
     distance = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
-    for kernel, width in ((rational._window, 0.5), (search.triangle, 0.7), (search.gaussian, 0.87)):
+    for kernel, width in (
+        (rational._window, 0.5),
+        (search.triangle, 0.7),
+        (search.gaussian, 0.87),
+        (search.own_derivative, 0.67),
+    ):
         density = kernel(distance, torch.tensor(width, dtype=torch.float64)) / width
         mass = torch.trapezoid(density, distance)
         assert float(mass) == pytest.approx(1, abs=4e-3)
@@ -32,6 +37,7 @@ def test_the_kernels_are_densities_and_of_one_variance(search):
         )
     assert not search.triangle(torch.zeros(3), torch.zeros(3)).any()
     assert not search.gaussian(torch.zeros(3), torch.zeros(3)).any()
+    assert not search.own_derivative(torch.zeros(3), torch.zeros(3)).any()
 
 
 @pytest.mark.parametrize("family", ["jumprelu", "topk"])
