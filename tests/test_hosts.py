@@ -47,6 +47,66 @@ def test_activations_are_the_hidden_states_of_transformers(hosts, tokens, kind) 
     assert (host.d_model, host.n_layers) == (16, 3)
 
 
+class TestCentred:
+    """`centred:` is TransformerLens' center_writing_weights."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        return save_tiny(tmp_path_factory.mktemp("centred"), "gpt2")
+
+    @pytest.fixture(scope="class")
+    def host(self, folder):
+        return load_host(f"centred:{folder}", dtype=torch.float32, device="cpu")
+
+    def test_activations_are_those_of_transformer_lens(self, host, tokens) -> None:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+
+        cfg = HookedTransformerConfig(
+            n_layers=3, d_model=16, n_ctx=128, d_head=8, n_heads=2, d_vocab=64, act_fn="gelu_new", normalization_type="LN",
+            device="cpu", default_prepend_bos=False,
+        )  # fmt: skip
+        lens = HookedTransformer(cfg)
+        lens.load_and_process_state_dict(
+            convert_gpt2_weights(host.model, cfg), fold_ln=False, center_writing_weights=True, center_unembed=False,
+            fold_value_biases=False,
+        )  # fmt: skip
+        for hook in ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", "blocks.1.hook_resid_post"):
+            _, cache = lens.run_with_cache(tokens, names_filter=hook)
+            found = host.activations(tokens, hook)
+            torch.testing.assert_close(found, cache[hook], rtol=1e-4, atol=1e-4)
+            assert found.mean(-1).abs().max() < 1e-5
+            assert host.activations_at(tokens, [hook])[hook].equal(found)
+
+    def test_what_is_spliced_in_leaves_the_model_as_it_is(self, host, folder, tokens) -> None:
+        seen = []
+
+        def same(x):
+            seen.append(x)
+            return x
+
+        def twice(x):
+            return 2 * x
+
+        hook = "blocks.1.hook_resid_post"
+        losses = host.token_losses(tokens, hook, {"same": same, "twice": twice})
+        assert losses["same"].kl.abs().max() < 1e-5
+        torch.testing.assert_close(seen[0], host.activations(tokens, hook))
+        plain = load_host(str(folder), dtype=torch.float32, device="cpu")
+        torch.testing.assert_close(losses["clean"].nll, plain.token_losses(tokens, hook, {})["clean"].nll)
+        assert (losses["twice"].nll - losses["clean"].nll).abs().max() > 1e-2
+
+    def test_it_is_another_host(self, host, folder) -> None:
+        plain = load_host(str(folder), dtype=torch.float32, device="cpu")
+        assert host.fingerprint != plain.fingerprint
+        assert host.spec == f"centred:{folder}"
+        assert not plain.is_centred
+
+    def test_a_model_that_reads_the_mean_is_refused(self, tmp_path) -> None:
+        with pytest.raises(ValueError, match="LlamaRMSNorm"):
+            load_host(f"centred:{save_tiny(tmp_path, 'llama')}", device="cpu")
+
+
 def test_the_forward_pass_stops_at_the_layer(hosts, tokens) -> None:
     host = hosts["llama"]
     before = hooks(host)

@@ -232,11 +232,15 @@ def test_trained_without_bos_is_told(host, text, tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*model_from_pretrained_kwargs")
-def test_trained_on_centred_activations_is_told(host, text, tmp_path) -> None:
+def test_trained_on_centred_activations_is_told(host, text, tmp_path, monkeypatch) -> None:
     sae = near_identity(host, subtracts=True)
     assert not any("center_writing" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
+    monkeypatch.setattr(host, "is_centred", True)
+    assert any("does not say that it was trained on such" in w for w in run(sae, host, text, tmp_path)["warnings"])
     sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
-    assert any("center_writing" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
+    assert not any("center_writing" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
+    monkeypatch.setattr(host, "is_centred", False)
+    assert any(f"name it centred:{host.spec}" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
 
 
 def test_another_width(host, text, tmp_path) -> None:

@@ -33,7 +33,12 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; new, empty, or of the same run (it is continued).")]
 Host = Annotated[
-    str, typer.Option("--host", help="Hub id, local model folder, or package:gemma3-270m / package:smollm2-135m.")
+    str,
+    typer.Option(
+        "--host",
+        help="Hub id, local model folder, or package:gemma3-270m / package:smollm2-135m. centred:gpt2: its activations centred "
+        "over d_model, as TransformerLens' center_writing_weights has them.",
+    ),
 ]
 Hook = Annotated[
     str, typer.Option("--hook", help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path).")

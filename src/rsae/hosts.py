@@ -29,6 +29,10 @@ Edit = Callable[[Tensor], Tensor]
 """Takes the activations (B, T, d_model) at a hook and returns what replaces them, of the same shape."""
 
 
+CENTRED = "centred:"
+"""Before a host's name: its activations have their mean over d_model subtracted."""
+
+
 class HookPoint(NamedTuple):
     """A place in the host: the input or the output of one of its modules."""
 
@@ -52,14 +56,22 @@ class _Stop(Exception):
 class Host:
     """A frozen causal language model of the transformers library, with its tokenizer.
 
-    Attributes: spec, model, tokenizer, d_model, n_layers, dtype, device, and fingerprint (names the weights: two hosts
-    with the same fingerprint give the same activations up to rounding).
+    Attributes: spec, model, tokenizer, d_model, n_layers, dtype, device, fingerprint (names the weights: two hosts
+    with the same fingerprint give the same activations up to rounding), and is_centred: whether every activation has its mean
+    over d_model subtracted, as TransformerLens' center_writing_weights does. A LayerNorm subtracts it anyway before anything
+    reads it, so that a centred replacement leaves the model's function as it is.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, spec: str, fingerprint: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        spec: str,
+        fingerprint: str,
+        is_centred: bool = False,
     ) -> None:
-        self.spec = spec
+        self.spec, self.is_centred = spec, is_centred
         self.model = model.eval().requires_grad_(False)
         self.text_config = model.config.get_text_config()  # of the language model, where it is a part
         self.tokenizer = tokenizer
@@ -122,7 +134,7 @@ class Host:
             try:
                 self._hidden(tokens.to(self.device))
             except _Stop:
-                return kept
+                return {hook: self._as_read(x) for hook, x in kept.items()}
         raise AssertionError(f"the forward pass of {self.spec} never reached {set(hooks) - kept.keys()}")
 
     @torch.no_grad()
@@ -154,7 +166,7 @@ class Host:
 
         def edit(x: Tensor) -> Tensor:
             clean, *others = x.chunk(variants)
-            edited = [function(other) for function, other in zip(edits.values(), others, strict=True)]
+            edited = [function(self._as_read(other)) for function, other in zip(edits.values(), others, strict=True)]
             for name, new in zip(edits, edited, strict=True):
                 if new.shape != clean.shape:
                     raise ValueError(f"edit {name!r} must keep the shape {tuple(clean.shape)}, gave {tuple(new.shape)}")
@@ -182,6 +194,10 @@ class Host:
             nll[:, rows], kl[:, rows] = self._losses(states[:, rows], targets[rows], work)
         shape = (tokens.shape[0], -1)
         return {name: TokenLosses(nll[i].view(shape), kl[i].view(shape)) for i, name in enumerate(["clean", *edits])}
+
+    def _as_read(self, x: Float[Tensor, "*B d_model"]) -> Float[Tensor, "*B d_model"]:
+        """The activations, centred if this host's are."""
+        return (x - x.float().mean(-1, keepdim=True)).to(x.dtype) if self.is_centred else x
 
     def _losses(
         self, states: Float[Tensor, "V n d_model"], targets: Int[Tensor, " n"], work: Float[Tensor, "2 chunk vocab"]
@@ -253,7 +269,8 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
 
     Args:
         spec: `package:gemma3-270m` and `package:smollm2-135m` need no network: the pip package's GGUF file is converted
-            once into a transformers directory under $RSAE_CACHE (default ~/.cache/rsae) and verified at every load.
+            once into a transformers directory under $RSAE_CACHE (default ~/.cache/rsae) and verified at every load. With
+            `centred:` before it (`centred:gpt2`) the host's activations are centred, for SAEs that were trained on such.
         dtype: of the weights; bfloat16 if None.
         device: "cuda" where there is one, else "cpu", if None.
 
@@ -262,9 +279,9 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path, fingerprint = spec, None
-    if spec.startswith("package:"):
-        path, fingerprint = _packaged(spec)
+    path, fingerprint = spec.removeprefix(CENTRED), None
+    if path.startswith("package:"):
+        path, fingerprint = _packaged(path)
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16)
@@ -280,8 +297,18 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
             f"{spec!r} has no usable tokenizer ({_first_line(error)}); save one beside the weights with "
             "tokenizer.save_pretrained"
         ) from error
+    is_centred = spec.startswith(CENTRED)
+    others = {type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Norm")} - {"LayerNorm"}
+    if is_centred and others:
+        raise ValueError(
+            f"{spec!r}: to {', '.join(sorted(others))}, which its layers read the residual stream through, the mean over d_model "
+            f"matters; only a model with LayerNorm can be centred. Leave {CENTRED!r} out"
+        )
     model: Any = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Host(model, tokenizer, spec=spec, fingerprint=fingerprint or _fingerprint(model, path))
+    fingerprint = fingerprint or _fingerprint(model, path)
+    return Host(
+        model, tokenizer, spec=spec, fingerprint=f"{CENTRED if is_centred else ''}{fingerprint}", is_centred=is_centred
+    )
 
 
 class _Package(NamedTuple):

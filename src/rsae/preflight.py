@@ -21,7 +21,7 @@ from rsae.artefacts import Progress, provenance, write_json
 from rsae.evaluate import Autoencoder, evaluate, measured_batches
 from rsae.finetune import check_trainable
 from rsae.harvest import SinkRule
-from rsae.hosts import Host
+from rsae.hosts import CENTRED, Host
 from rsae.metrics import ReconstructionMetrics
 from rsae.sae import copied
 from rsae.teachers import Teacher
@@ -288,10 +288,16 @@ def _mismatches(teacher: Teacher, host: Host, hook: str) -> list[str]:
     if teacher.conventions.get("prepend_bos") is False and host.tokenizer.bos_token_id is not None:
         warnings.append("the checkpoint says that it was trained without BOS; contexts here begin with one")
     loaded_with = teacher.sae.cfg.metadata.to_dict().get("model_from_pretrained_kwargs") or {}
-    if loaded_with.get("center_writing_weights"):
+    was_centred = bool(loaded_with.get("center_writing_weights"))
+    if was_centred and not host.is_centred:
         warnings.append(
             "the checkpoint says that its model was loaded with center_writing_weights: every activation had its mean over d_model "
-            f"subtracted, and those of {host.spec} have not"
+            f"subtracted, and those of {host.spec} have not; name it {CENTRED}{host.spec}"
+        )
+    if host.is_centred and not was_centred:
+        warnings.append(
+            f"the activations of {host.spec} have their mean over d_model subtracted, and the checkpoint does not say that it was "
+            f"trained on such (center_writing_weights); it may want {host.spec.removeprefix(CENTRED)}"
         )
     return warnings
 
