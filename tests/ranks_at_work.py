@@ -15,6 +15,7 @@ import torch
 from test_finetune import SMALL, MemoryStore
 
 from rsae import finetune as finetuning
+from rsae import sparse
 from rsae.finetune import finetune
 from rsae.mesh import Mesh
 from rsae.teachers import load_teacher
@@ -33,7 +34,7 @@ ARMS = {
 
 
 def main() -> None:
-    torch.Tensor.bfloat16 = torch.Tensor.float  # so that only the order of sums differs
+    sparse.NARROW = torch.float32  # so that only the order of sums differs
     torch.autocast = lambda *_: nullcontext()
     folder, shards, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     mesh = Mesh.of(shards)

@@ -20,6 +20,7 @@ from sae_lens import (
 )
 
 from rsae import finetune as finetuning
+from rsae import sparse
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
 from rsae.finetune import FinetuneConfig, check_topk_l0, finetune, schedule, trainee_for
 from rsae.pretrain import initial_sae, pretrain
@@ -82,7 +83,7 @@ def dense_reference(trainee, x, gate):
     """The loss of a trainee by the plain formula on (batch, d_sae) tensors, from the same bfloat16 pre-activations."""
     centred = x - trainee.centre
     h = centred @ trainee.W_enc.T + trainee.b_enc
-    rounded = F.linear(centred.bfloat16(), trainee.W_enc.bfloat16(), trainee.b_enc.bfloat16())
+    rounded = F.linear(*(t.to(sparse.NARROW) for t in (centred, trainee.W_enc, trainee.b_enc)))
     h = h + (rounded.float() - h).detach()  # bfloat16 values, float32 gradients
     z = gate(h)
     return (z @ trainee.W_dec + trainee.b_dec - x).square().sum() / len(x), z
@@ -93,7 +94,7 @@ class TestGradients:
 
     @pytest.fixture(autouse=True)
     def in_float32(self, monkeypatch):
-        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+        monkeypatch.setattr(sparse, "NARROW", torch.float32)
 
     def compare(self, trainee, x, gate, extra=lambda z: 0.0):
         step = trainee(x)
@@ -388,7 +389,7 @@ def test_normalised_inputs(teachers, data, held_out, monkeypatch, normalize, fam
         sae.b_dec.zero_()
     sae = calibrate(RationalSAE.from_teacher(sae), [data.x]) if family == "rational" else sae
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+        patch.setattr(sparse, "NARROW", torch.float32)
         trainee = trainee_for(sae, 7.0, replace(SMALL, penalty=0.0 if family == "relu" else None))
         error = trainee(trainee.inputs(data.x[:200])).squared_error * 7.0**2
     with torch.no_grad():
@@ -425,7 +426,7 @@ def test_a_gated_sae_trains_as_itself(data, held_out):
 
 
 def test_the_gated_loss_is_the_paper_s(data, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(sparse, "NARROW", torch.float32)
     sae, x = gated_teacher(data), data.x[:64]
     trainee = trainee_for(sae, 10.0, replace(SMALL, penalty=0.3))
     result = trainee(trainee.inputs(x))
@@ -453,7 +454,7 @@ def test_the_gated_loss_is_the_paper_s(data, monkeypatch):
 @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "rational", "gated"])
 def test_what_b_dec_learns_does_not_move_the_encoder(family, teachers, data, monkeypatch):
     """b_dec trains as the decoder's alone; the checkpoint, whose encoder subtracts it, is the same function all the same."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(sparse, "NARROW", torch.float32)
     sae = gated_teacher(data) if family == "gated" else teachers["jumprelu" if family == "rational" else family]
     sae = RationalSAE.from_teacher(sae) if family == "rational" else sae
     trainee = trainee_for(sae, 10.0, replace(SMALL, penalty=0.0 if family in ("relu", "gated") else None))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rsae import sparse
@@ -194,8 +194,9 @@ class Trainee(nn.Module, ABC):
 
     def squared_error(self, x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"]) -> Tensor:
         """Summed over d_in and averaged over the batch, in training units of the activations themselves."""
-        error = x_hat - x if self.row_scale is None else (x_hat - x) * self.row_scale
-        return error.square().sum() / len(x)
+        if self.row_scale is not None:
+            x_hat, x = x_hat * self.row_scale, x * self.row_scale
+        return F.mse_loss(x_hat, x, reduction="sum") / len(x)
 
     def l0(self, z: Tensor, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
         """Mean number of latents of a sample that are not 0."""
@@ -279,11 +280,13 @@ class SparseTrainee(Trainee):
         return 0.0
 
     def see_active(
-        self, latents: Int[Tensor, " n"], silent: Float[Tensor, " d_sae"], batch: int
+        self, is_active: Bool[Tensor, " n"], entries: sparse.Entries, silent: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """How often each latent was active in a batch over all ranks, and the tokens since it last was (`silent` before)."""
-        active = self.mesh.data.sum(torch.bincount(latents, minlength=len(silent)))
-        return active, torch.where(active > 0, 0, silent + batch * self.mesh.data.size)
+        """For each latent: how often it was active in a batch over all ranks, and the tokens since it was (`silent` before)."""
+        # Not bincount, which would wait for a GPU to tell it the largest
+        count = torch.zeros_like(silent).index_add_(0, entries.latents, is_active.to(silent.dtype))
+        active = self.mesh.data.sum(count)
+        return active, torch.where(active > 0, 0, silent + entries.shape[0] * self.mesh.data.size)
 
     def l1(self, z: Float[Tensor, " n"], entries: sparse.Entries) -> Float[Tensor, ""]:
         """Sum of |z_j| ||w_j||, averaged over the batch."""
@@ -395,7 +398,7 @@ class TopKTrainee(SparseTrainee):
         return sparse.Entries.largest(h, k)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
-        _, self.silent = self.see_active(entries.latents[h > 0], self.silent, entries.shape[0])
+        _, self.silent = self.see_active(h > 0, entries, self.silent)
         return h.relu()
 
     def revival(self, h: Tensor, inputs: Tensor, x: Tensor, x_hat: Tensor) -> Tensor | float:
@@ -449,18 +452,18 @@ class ThresholdTrainee(SparseTrainee):
         # index_select: its backward is a hundred times as fast as that of indexing
         threshold = self.log_threshold.exp().index_select(0, entries.latents)
         if self.follow is not None:
-            threshold = threshold * self.follow.squeeze(1)[entries.rows]
+            threshold = threshold * self.follow.squeeze(1).index_select(0, entries.rows)
         amplitude = h if self.amplitude is None else self.amplitude(h, entries.latents)
-        curvature = self.norms.squeeze(1).index_select(0, entries.latents) ** 2 / entries.shape[0]
+        curvature = (self.norms.squeeze(1) ** 2 / entries.shape[0]).index_select(0, entries.latents)
         if self.row_scale is not None:
             curvature = curvature * self.row_scale.squeeze(1)[entries.rows] ** 2
         surrogate = self.surrogate
         if surrogate.price is not None:
             surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
         on = h > threshold.detach()
-        active, self.silent = self.see_active(entries.latents[on], self.silent, entries.shape[0])
-        samples = entries.shape[0] * self.mesh.data.size
-        rate = (active / samples)[entries.latents] if surrogate.crowding else None
+        active, self.silent = self.see_active(on, entries, self.silent)
+        rate = active / (entries.shape[0] * self.mesh.data.size)
+        rate = rate.index_select(0, entries.latents) if surrogate.crowding else None
         return hard_edge(amplitude, h, threshold, on, surrogate, curvature, rate, self.mesh.total)
 
     @torch.no_grad()

@@ -20,6 +20,9 @@ from torch import Tensor
 from rsae import kernels
 from rsae.rational import SMALLEST, sample_scale
 
+NARROW = torch.bfloat16
+"""Dtype of products over all latents; the kernels choose entries from this one alone."""
+
 
 class Entries:
     """Some entries of a (batch, d_sae) matrix, in the order of its rows.
@@ -126,7 +129,7 @@ class Entries:
         if (lib := kernels.usable(a, b)) is not None:
             return lib.dots(self.rows, self.row_offsets, self.latents, a, b)
         # One dense product and a gather: on processors with bfloat16 units it costs less than gathering both sides
-        return F.linear(a.bfloat16(), b.bfloat16()).view(-1)[self.flat].float()
+        return F.linear(a.to(NARROW), b.to(NARROW)).view(-1)[self.flat].float()
 
 
 def _offsets(index: Int[Tensor, " n"], bins: int) -> Int[Tensor, " bins"]:
@@ -140,7 +143,18 @@ def pre_activations(
 ) -> Float[Tensor, "batch d_sae"]:
     """h = x W_enc^T + b_enc in bfloat16, without a gradient: what the gate chooses its entries from."""
     with torch.no_grad():
-        return F.linear(x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16())
+        if x.is_cuda:
+            return F.linear(x.to(NARROW), W_enc.to(NARROW), b_enc.to(NARROW))
+        # On a CPU torch writes the bias out, and adds the product to it. As one more column of the weights it costs nothing
+        return F.linear(_with_column(x, 1.0), _with_column(W_enc, b_enc))
+
+
+def _with_column(matrix: Float[Tensor, "n d"], column: Tensor | float) -> Float[Tensor, "n d_plus_2"]:
+    """The matrix, the column, and zeros that keep rows aligned to four bytes."""
+    n, d = matrix.shape
+    wide = matrix.new_zeros(n, d + 2, dtype=NARROW)
+    wide[:, :d], wide[:, d] = matrix, column
+    return wide
 
 
 class _Encode(torch.autograd.Function):
