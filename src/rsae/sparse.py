@@ -150,10 +150,10 @@ def pre_activations(
 
 
 def _with_column(matrix: Float[Tensor, "n d"], column: Tensor | float) -> Float[Tensor, "n d_plus_2"]:
-    """The matrix, the column, and zeros that keep rows aligned to four bytes."""
+    """The matrix, the column, and one of zeros that keeps rows aligned to four bytes."""
     n, d = matrix.shape
-    wide = matrix.new_zeros(n, d + 2, dtype=NARROW)
-    wide[:, :d], wide[:, d] = matrix, column
+    wide = matrix.new_empty(n, d + 2, dtype=NARROW)
+    wide[:, :d], wide[:, d], wide[:, d + 1] = matrix, column, 0.0
     return wide
 
 
