@@ -347,7 +347,10 @@ class TestCommand:
         def run(*options: Any) -> Path:
             from rsae.cli import app
 
-            where = ("--host", folder, "--hook", HOOK, "--text", text, "--acts", tmp_path / "acts", "--tokens", 300)
+            source = (
+                () if (tmp_path / "run" / "run.json").exists() else ("--host", folder, "--hook", HOOK, "--text", text)
+            )
+            where = (*source, "--acts", tmp_path / "acts", "--tokens", 300)
             app(["evaluate", *map(str, (tmp_path / "run", *where, *options))], standalone_mode=False)
             return tmp_path / "run"
 
@@ -378,6 +381,18 @@ class TestCommand:
         assert (out / "metrics.json").exists()
         assert not (out / "identity.json").exists()
         assert "moved" not in capsys.readouterr().out
+
+    def test_what_the_run_knows_need_not_be_said(
+        self, run: Callable[..., Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        said = json.loads((run() / "metrics.json").read_text())
+        identity = {"host": str(folder), "hook": HOOK, "text": str(tmp_path / "text.jsonl")}
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"identity": identity}))
+        known = json.loads((run() / "metrics.json").read_text())
+        assert (known["config"], known["rsae"]["fvu"]) == (said["config"], said["rsae"]["fvu"])
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"identity": {"host": str(folder)}}))
+        with pytest.raises(ValueError, match="give --host, --hook and --text"):
+            run()
 
     def test_another_teacher_is_refused_before_anything_is_written(
         self, run: Callable[..., Path], tmp_path: Path, make_teacher: Make

@@ -370,9 +370,9 @@ def evaluate(
         Path,
         typer.Argument(help="Run folder with teacher/, control/, init/ and rsae/ (those that exist are measured)."),
     ],
-    host: Host,
-    hook: Hook,
-    text: Text,
+    host: Annotated[str | None, typer.Option(help="As of rsae upgrade; default the run's.")] = None,
+    hook: Annotated[str | None, typer.Option(help="As of rsae upgrade; default the run's.")] = None,
+    text: Annotated[str | None, typer.Option(help="As of rsae upgrade; default the run's.")] = None,
     acts: Annotated[
         Path | None,
         typer.Option(
@@ -388,8 +388,17 @@ def evaluate(
 ) -> None:
     """Measure the arms of a run folder on held-out text, and write metrics.json."""
     with progress_shown() as progress:
+        from rsae.artefacts import read_json
         from rsae.pipeline import evaluate_folder
 
+        identity_of_run = read_json(run / "run.json")["identity"] if (run / "run.json").exists() else {}
+        host, hook, text = (
+            given or identity_of_run.get(name) for name, given in (("host", host), ("hook", hook), ("text", text))
+        )
+        if host is None or hook is None or text is None:
+            raise ValueError(
+                f"{run} has no run.json that names its host, hook and text: give --host, --hook and --text"
+            )
         # Beside the run too, where a demo's families or several teachers share them
         folders = (run / "acts", run.parent / "acts" / hook, run.parent / "acts")
         stores = [folder / split for folder in folders for split in ("train", "validation")]
