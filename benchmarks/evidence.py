@@ -5,6 +5,7 @@
 runs the grid cell by cell and, after each, writes results/evidence.json, EVIDENCE.md and evidence-*.svg, and the table of
 README.md. A cell is a host, a hook, a family, a width, a sparsity and a seed (of teacher and batches). What is finished is not run
 again, a killed cell continues: models and activations are in runs/evidence, and results/evidence.json keeps what was measured.
+What was trained there with other settings, or by another loop, stops the command: it is never overwritten, and goes by hand.
 
     --only TEXT    only cells whose name contains TEXT (gemma, topk, l0-32, seed-0, ...)
     --minutes N    start no cell after N minutes
@@ -360,8 +361,13 @@ def main() -> None:
             if time.monotonic() > deadline:
                 break
             if arguments.probe:
-                if not done or not is_done or done["failed"] or not (RUNS / cell.name / "rsae").exists():
+                weights = RUNS / cell.name / "teacher" / "sae_weights.safetensors"
+                if not done or not is_done or done["failed"] or not weights.exists():
                     continue
+                if sha256_file(weights) != done["teacher"]:
+                    raise ValueError(
+                        f"{cell.name}: the models in {RUNS} are not those that were measured: measure them first"
+                    )
                 found = {**done, "probing": probe(RUNS / cell.name, names=QUICK, progress=progress)}
             elif is_done:
                 continue

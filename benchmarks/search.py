@@ -221,8 +221,11 @@ VARIATIONS: dict[Cell, dict[str, Variation]] = {
     Cell(GEMMA, 9, "jumprelu", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
     | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
 }
-BEFORE = "Teacher and control were trained before a TopK had the auxiliary loss, but for the control whose row says so."
-"""Of cells in search.json that carry more than a cell's name: the rows of the loop before."""
+BEFORE = (
+    "From the teacher of an earlier training loop. A TopK's had no auxiliary loss there, nor had its control, but for the one "
+    "whose row says so."
+)
+"""Of cells in search.json that carry more than a cell's name."""
 SHOWN = {"fvu": relative, "delta_ce": nats}
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tiny_host import CONFIGS, save_tiny
 
-from rsae.hosts import Host, load_host
+from rsae.hosts import Host, load_host, named_in_checkpoints
 
 LAYERS = {"gpt2": "transformer.h", "neox": "gpt_neox.layers", "gemma3-vision": "model.language_model.layers"}
 KINDS = list(CONFIGS)
@@ -101,6 +101,17 @@ class TestCentred:
         assert host.fingerprint != plain.fingerprint
         assert host.spec == f"centred:{folder}"
         assert not plain.is_centred
+
+    def test_what_a_norm_gives_is_refused(self, host, folder) -> None:
+        with pytest.raises(ValueError, match="cannot be centred"):
+            host.hook_point("transformer.h.1.ln_2")
+        assert host.hook_point("transformer.h.1.mlp").layer == 1
+
+    def test_checkpoints_name_it_as_sae_lens_does(self) -> None:
+        found = named_in_checkpoints("centred:gpt2", "blocks.8.hook_resid_pre")
+        assert found["model_name"] == "gpt2"
+        assert found["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
+        assert named_in_checkpoints("gpt2", "h") == {"model_name": "gpt2", "hook_name": "h"}
 
     def test_a_model_that_reads_the_mean_is_refused(self, tmp_path) -> None:
         with pytest.raises(ValueError, match="LlamaRMSNorm"):

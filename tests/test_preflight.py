@@ -240,6 +240,8 @@ def test_trained_on_centred_activations_is_told(host, text, tmp_path, monkeypatc
     sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
     assert not any("center_writing" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
     monkeypatch.setattr(host, "is_centred", False)
+    assert not any("center_writing" in w for w in run(sae, host, text, tmp_path)["warnings"])  # it cannot be: RMSNorm
+    monkeypatch.setattr(host, "reads_mean", False)
     assert any(f"name it centred:{host.spec}" in warning for warning in run(sae, host, text, tmp_path)["warnings"])
 
 

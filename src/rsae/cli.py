@@ -286,12 +286,13 @@ def pretrain(
     with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig
         from rsae.harvest import ActivationStore
+        from rsae.hosts import named_in_checkpoints
         from rsae.pretrain import pretrain as run
 
         config = FinetuneConfig(steps=steps, lr=lr, warmup=0.1, target_l0=l0, seed=seed)
         data, check = ActivationStore.open(acts), ActivationStore.open(held_out)
         data.check_same_source(check)
-        metadata = {"model_name": data.host, "hook_name": data.hook}
+        metadata = named_in_checkpoints(data.host, data.hook)
         run(family, data, config, d_sae=d_sae, held_out=check, metadata=metadata, out=out, progress=progress)
     print(f"teacher: {out}")
 

@@ -376,8 +376,9 @@ class GatedTrainee(ReLUTrainee):
 class TopKTrainee(SparseTrainee):
     """The k largest pre-activations, if positive.
 
-    Latents that are never among them learn from what these leave of x, by the auxiliary loss of Gao et al. (2024,
-    arXiv:2406.04093): the squared error of the largest silent ones, d_in/2 at most, in reconstructing it.
+    Latents that were not among them for SILENT_TOKENS learn from what these leave of x, by the auxiliary loss of Gao et al. (2024,
+    arXiv:2406.04093): the squared error of the largest silent ones, d_in/2 at most, in reconstructing it. (Their runs are longer
+    than those here, and wait longer.)
     """
 
     loop = 4
@@ -389,13 +390,9 @@ class TopKTrainee(SparseTrainee):
         self.register_buffer("silent", torch.zeros(sae.cfg.d_sae))  # tokens since a latent was last active
 
     def choose(self, h: Tensor) -> sparse.Entries:
-        return self.largest(h, self.k)
-
-    def largest(self, h: Tensor, k: int) -> sparse.Entries:
-        """The k largest of each row, over all shards."""
         if self.mesh.latents.size > 1:
-            return sparse.Entries.of(self.mesh.is_among_largest(h, k))
-        return sparse.Entries.largest(h, k)
+            return sparse.Entries.of(self.mesh.is_among_largest(h, self.k))
+        return sparse.Entries.largest(h, self.k)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         _, self.silent = self.see_active(h > 0, entries, self.silent)
@@ -406,10 +403,21 @@ class TopKTrainee(SparseTrainee):
         n_silent = int(self.mesh.latents.sum(is_silent.sum()))
         if not n_silent:
             return 0.0
-        entries = self.largest(torch.where(is_silent, h, -torch.inf), min(n_silent, x.shape[1] // 2))
-        z = sparse.encode(h, inputs, self.W_enc, self.b_enc, entries).relu()
+        entries = self.largest_silent(h, is_silent, min(n_silent, x.shape[1] // 2))
+        z = sparse.encode(h, inputs, self.W_enc, self.b_enc, entries)
         found = self.mesh.sum_latents(sparse.decode(z, self.W_dec, entries))
         return AUXILIARY * self.squared_error(found, (x - x_hat).detach())
+
+    def largest_silent(self, h: Tensor, is_silent: Bool[Tensor, " d_sae"], k: int) -> sparse.Entries:
+        """Of each row the k largest silent latents over all shards, if positive."""
+        if self.mesh.latents.size > 1:
+            among = self.mesh.is_among_largest(torch.where(is_silent, h, -torch.inf), k)
+            return sparse.Entries.of(among & (h > 0))
+        columns = is_silent.nonzero().squeeze(1)
+        few = h.index_select(1, columns)
+        largest = sparse.Entries.largest(few, k)
+        positive = few.view(-1)[largest.flat] > 0
+        return sparse.Entries(largest.rows[positive], columns[largest.latents[positive]], (h.shape[0], h.shape[1]))
 
     def write_gate(self, sae: SAE[Any]) -> None:
         pass

@@ -57,9 +57,9 @@ class Host:
     """A frozen causal language model of the transformers library, with its tokenizer.
 
     Attributes: spec, model, tokenizer, d_model, n_layers, dtype, device, fingerprint (names the weights: two hosts
-    with the same fingerprint give the same activations up to rounding), and is_centred: whether every activation has its mean
-    over d_model subtracted, as TransformerLens' center_writing_weights does. A LayerNorm subtracts it anyway before anything
-    reads it, so that a centred replacement leaves the model's function as it is.
+    with the same fingerprint give the same activations up to rounding), is_centred: whether every activation has its mean
+    over d_model subtracted, as TransformerLens' center_writing_weights does (a LayerNorm subtracts it anyway before anything
+    reads it, so that a centred replacement leaves the model's function as it is), and reads_mean: whether the mean matters.
     """
 
     def __init__(
@@ -72,6 +72,13 @@ class Host:
         is_centred: bool = False,
     ) -> None:
         self.spec, self.is_centred = spec, is_centred
+        norms = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Norm")}
+        self.reads_mean = norms != {"LayerNorm"}  # RMSNorm does not take it off
+        if is_centred and self.reads_mean:
+            raise ValueError(
+                f"{spec!r}: to {', '.join(sorted(norms))}, which its layers read the residual stream through, the mean over "
+                f"d_model matters; only a model with LayerNorm can be centred. Leave {CENTRED!r} out"
+            )
         self.model = model.eval().requires_grad_(False)
         self.text_config = model.config.get_text_config()  # of the language model, where it is a part
         self.tokenizer = tokenizer
@@ -98,6 +105,8 @@ class Host:
             return HookPoint(hook, f"{self._layers_path}.{int(match[1])}", where, int(match[1]))
         paths = [path for path, _ in self.model.named_modules() if re.match(layers + r"\.\d+", path)]
         if hook in paths:
+            if self.is_centred and type(self.model.get_submodule(hook)).__name__.endswith("Norm"):
+                raise ValueError(f"{hook!r} of {self.spec} is read as it is: what a norm gives cannot be centred")
             return HookPoint(hook, hook, "output", int(re.match(layers + r"\.(\d+)", hook)[1]))  # type: ignore[index]
         names = [f"blocks.{n}.hook_resid_{where}" for n in range(self.n_layers) for where in ("pre", "post")] + paths
         near = difflib.get_close_matches(hook, names, n=4, cutoff=0.0)
@@ -298,17 +307,17 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
             "tokenizer.save_pretrained"
         ) from error
     is_centred = spec.startswith(CENTRED)
-    others = {type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Norm")} - {"LayerNorm"}
-    if is_centred and others:
-        raise ValueError(
-            f"{spec!r}: to {', '.join(sorted(others))}, which its layers read the residual stream through, the mean over d_model "
-            f"matters; only a model with LayerNorm can be centred. Leave {CENTRED!r} out"
-        )
     model: Any = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     fingerprint = fingerprint or _fingerprint(model, path)
     return Host(
         model, tokenizer, spec=spec, fingerprint=f"{CENTRED if is_centred else ''}{fingerprint}", is_centred=is_centred
     )
+
+
+def named_in_checkpoints(spec: str, hook: str) -> dict[str, Any]:
+    """What SAELens' metadata says of an SAE's host and hook, given the host's spec."""
+    centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}} if spec.startswith(CENTRED) else {}
+    return {"model_name": spec.removeprefix(CENTRED), "hook_name": hook, **centred}
 
 
 class _Package(NamedTuple):

@@ -137,20 +137,19 @@ static i64 two_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, in
     return m;
 }
 
-/* The k largest of a row, of equal ones the first. `found` lists the m that are above the k-th. */
-static void take_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, i64 m, float kth, int32_t *found) {
-    if (m < k) {
-        i64 ties = k - m;
-        m = 0;
-        for (i64 j = 0; j < n && m < k; j++) {
-            float r = relative(h, inverse, j);
-            int tie = r == kth && ties > 0;
-            ties -= tie;
-            found[m] = (int32_t)j;
-            m += tie || r > kth;
-        }
+/* The k largest of a row, of equal ones the first: of the m that `found` and `values` list, if the k-th is among them, or else of all. */
+static void keep_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, float kth, i64 m, i64 is_listed, int32_t *found,
+                         const float *values) {
+    i64 above = 0, kept = 0, all = is_listed ? m : n;
+    for (i64 i = 0; i < all; i++) above += (is_listed ? values[i] : relative(h, inverse, i)) > kth;
+    for (i64 i = 0, ties = k - above; i < all && kept < k; i++) {
+        float r = is_listed ? values[i] : relative(h, inverse, i);
+        int tie = r == kth && ties > 0;
+        ties -= tie;
+        found[kept] = is_listed ? found[i] : (int32_t)i;
+        kept += tie || r > kth;
     }
-    for (; m < k; m++) found[m] = (int32_t)m; /* a row with nan, which is no larger than anything */
+    for (; kept < k; kept++) found[kept] = (int32_t)kept; /* a row with nan, which is no larger than anything */
 }
 
 /* For each row: the scale s (midpoint of the k-th and (k+1)-th largest relative value, or 1 where k is 0), the edge lowest * s^alpha,
@@ -173,12 +172,16 @@ void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64
             if (!(s > smallest)) s = smallest;
         }
         float limit = exact ? kth : lowest * (k > 0 && alpha != 0.0f ? (alpha == 1.0f ? s : powf(s, alpha)) : 1.0f);
-        m = limit >= listed ? keep_above(m, limit, found, values) : find_above(here, inverse, n, limit, found, values);
-        if (exact) take_largest(here, inverse, n, k, m, limit, found);
+        if (exact)
+            keep_largest(here, inverse, n, k, kth, m, kth > listed, found, values), m = k;
+        else if (limit >= listed)
+            m = keep_above(m, limit, found, values);
+        else
+            m = find_above(here, inverse, n, limit, found, values);
         scale[row] = s;
         edge[row] = limit;
-        count[row] = exact ? k : m;
-        if (count[row] <= room) memcpy(scratch + row * room, found, count[row] * sizeof(int32_t));
+        count[row] = m;
+        if (m <= room) memcpy(scratch + row * room, found, m * sizeof(int32_t));
         /* So low that the next row's list, too, reaches down to both */
         guess = next > 0 && next < INFINITY ? 0.8f * next : 0.0f;
         if (!exact && limit > 0 && limit < guess) guess = limit;
@@ -214,9 +217,17 @@ void fill_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, cons
   }
 }
 
-/* 64 bytes, in as many registers as the processor needs for them. */
-typedef float line __attribute__((vector_size(64), aligned(4)));
-enum { LINE = 16, COLUMNS = 128 };
+/* A register of floats, wherever in a row they begin. */
+typedef float line __attribute__((vector_size(4 * WIDE), aligned(4)));
+enum { LINE = WIDE, MOST = 8 };
+
+/* Sum over entries of their weight times some lines of their vectors. */
+static inline void sum_lines(int lines, i64 first, i64 last, const i64 *from, const float *by, const float *vectors, float *sum) {
+    line sums[MOST] = {{0}};
+    for (i64 e = first; e < last; e++)
+        for (int c = 0; c < lines; c++) sums[c] += by[e] * *(const line *)(vectors + from[e] + c * LINE);
+    memcpy(sum, sums, lines * sizeof(line));
+}
 
 /* out[g] = sum over the entries of group g of weight * vectors[index], in their order; `order` NULL for 0, 1, 2, ... As many columns
  * at a time as registers can hold. */
@@ -237,22 +248,23 @@ void sum_groups(i64 size, i64 d, const i64 *offset, i64 n_groups, i64 n_entries,
         }
         last[group] = at;
     }
-    for (i64 column = 0; column < d; column += COLUMNS) {
-        i64 width = d - column < COLUMNS ? d - column : COLUMNS;
+    for (i64 column = 0, width; column < d; column += width) {
+        i64 left = (d - column) / LINE, lines = left >= MOST ? MOST : left >= 4 ? 4 : left >= 2 ? 2 : left;
+        width = lines ? lines * LINE : d - column;
 #pragma omp for schedule(static) nowait
         for (i64 group = 0; group < size; group++) {
+            i64 first = offset[group], end = last[group];
+            const float *part = vectors + column;
             float *sum = out + group * d + column;
-            if (width == COLUMNS) {
-                line sums[COLUMNS / LINE] = {{0}};
-                for (i64 e = offset[group]; e < last[group]; e++)
-                    for (int c = 0; c < COLUMNS / LINE; c++)
-                        sums[c] += by[e] * *(const line *)(vectors + from[e] + column + c * LINE);
-                memcpy(sum, sums, sizeof sums);
-                continue;
+            if (lines == MOST) sum_lines(MOST, first, end, from, by, part, sum);
+            else if (lines == 4) sum_lines(4, first, end, from, by, part, sum);
+            else if (lines == 2) sum_lines(2, first, end, from, by, part, sum);
+            else if (lines == 1) sum_lines(1, first, end, from, by, part, sum);
+            else {
+                memset(sum, 0, width * sizeof(float));
+                for (i64 e = first; e < end; e++)
+                    for (i64 i = 0; i < width; i++) sum[i] += by[e] * part[from[e] + i];
             }
-            memset(sum, 0, width * sizeof(float));
-            for (i64 e = offset[group]; e < last[group]; e++)
-                for (i64 i = 0; i < width; i++) sum[i] += by[e] * vectors[from[e] + column + i];
         }
     }
   }
@@ -266,7 +278,7 @@ static inline float total_of_line(line a) {
     return a[0];
 }
 
-/* out[e] = <a[row of e], b[latent of e]>, in 64 partial sums. */
+/* out[e] = <a[row of e], b[latent of e]>, in four registers of partial sums. */
 void dot_entries(i64 size, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, const i64 *latents, const float *a,
                  const float *b, float *out) {
 #pragma omp parallel for schedule(static)
@@ -281,6 +293,7 @@ void dot_entries(i64 size, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, 
             for (; i + 4 * LINE <= d; i += 4 * LINE)
                 for (int c = 0; c < 4; c++)
                     partial[c] += *(const line *)(x + i + c * LINE) * *(const line *)(y + i + c * LINE);
+            for (; i + LINE <= d; i += LINE) partial[0] += *(const line *)(x + i) * *(const line *)(y + i);
             for (; i < d; i++) rest += x[i] * y[i];
             out[e] = total_of_line((partial[0] + partial[1]) + (partial[2] + partial[3])) + rest;
         }

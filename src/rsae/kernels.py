@@ -161,7 +161,7 @@ class Compiled:
         # Whatever torch's default dtype is
         scale, edge = torch.empty(batch, 1, dtype=torch.float32), torch.empty(batch, dtype=torch.float32)
         count = torch.empty(batch, dtype=torch.int64)
-        room = min(d_sae, max(ROOM, 4 * (k or 0)))
+        room = k or 0 if exact else min(d_sae, max(ROOM, 4 * (k or 0)))
         found = torch.empty(batch, room, dtype=torch.int32)
         self.call(
             "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, scale, edge,

@@ -20,7 +20,7 @@ from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import evaluate, evaluate_runs, loss_contexts
 from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_topk_l0, check_trainable, finetune
 from rsae.harvest import ActivationStore, division, harvest_all
-from rsae.hosts import Host, load_host
+from rsae.hosts import Host, load_host, named_in_checkpoints
 from rsae.identity import identity as compare_latents
 from rsae.mesh import ALONE, Mesh
 from rsae.online import OnlineActivations
@@ -388,7 +388,7 @@ def demo(
         with ledgers[family].clock("pretrain"):
             sae = pretrain(
                 family, data.train, teacher, d_sae=DEMO_EXPANSION * data.train.d_in, held_out=data.validation,
-                metadata={"model_name": host, "hook_name": data.hook}, out=run / "teacher", progress=progress,
+                metadata=named_in_checkpoints(host, data.hook), out=run / "teacher", progress=progress,
             )  # fmt: skip
         runs[family] = train_arms(run, sae, data, config, ledgers[family], progress)
     with ledger.clock("evaluate"):

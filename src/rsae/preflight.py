@@ -289,7 +289,7 @@ def _mismatches(teacher: Teacher, host: Host, hook: str) -> list[str]:
         warnings.append("the checkpoint says that it was trained without BOS; contexts here begin with one")
     loaded_with = teacher.sae.cfg.metadata.to_dict().get("model_from_pretrained_kwargs") or {}
     was_centred = bool(loaded_with.get("center_writing_weights"))
-    if was_centred and not host.is_centred:
+    if was_centred and not host.is_centred and not host.reads_mean:
         warnings.append(
             "the checkpoint says that its model was loaded with center_writing_weights: every activation had its mean over d_model "
             f"subtracted, and those of {host.spec} have not; name it {CENTRED}{host.spec}"
