@@ -190,6 +190,8 @@ AT_TWICE_THE_RATE = {
     "bandwidth 0.3": Variation({"surrogate": Surrogate(bandwidth=0.3)}),
     "alpha 0": Variation({"alpha": 0.0}),
     "crowding 5": Variation({"surrogate": Surrogate(crowding=5.0)}),
+    "crowding 2": Variation({"surrogate": Surrogate(crowding=2.0)}),
+    "scales frozen": Variation({"frozen": ("scales",)}),
     **EDGE, **SHAPE,
     "one scale for all latents": Variation(scales="one"),
 }  # fmt: skip
