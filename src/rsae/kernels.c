@@ -108,8 +108,8 @@ static void select_largest(float *a, i64 n, i64 k) {
     }
 }
 
-/* The k-th and the (k+1)-th largest of a row, 0 < k < n. `guess` is a lower bound to try first, and only saves time; `m`: how many
- * values `found` and `values` list, those above `*listed`. */
+/* The k-th and the (k+1)-th largest of a row, 0 < k < n. `guess` is a lower bound to try first, and only saves time. Returns how many
+ * values `found` and `values` list: those above `*listed`. */
 static i64 two_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, int32_t *found, float *values, float *buffer,
                        float *guess, float *listed, float *kth, float *next) {
     i64 m;
@@ -140,9 +140,9 @@ static i64 two_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, in
 /* The k largest of a row, of equal ones the first: of the m that `found` and `values` list, if the k-th is among them, or else of all. */
 static void keep_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, float kth, i64 m, i64 is_listed, int32_t *found,
                          const float *values) {
-    i64 above = 0, kept = 0, all = is_listed ? m : n;
-    for (i64 i = 0; i < all; i++) above += (is_listed ? values[i] : relative(h, inverse, i)) > kth;
-    for (i64 i = 0, ties = k - above; i < all && kept < k; i++) {
+    i64 larger = 0, kept = 0, all = is_listed ? m : n;
+    for (i64 i = 0; i < all; i++) larger += (is_listed ? values[i] : relative(h, inverse, i)) > kth;
+    for (i64 i = 0, ties = k - larger; i < all && kept < k; i++) {
         float r = is_listed ? values[i] : relative(h, inverse, i);
         int tie = r == kth && ties > 0;
         ties -= tie;
@@ -172,9 +172,10 @@ void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64
             if (!(s > smallest)) s = smallest;
         }
         float limit = exact ? kth : lowest * (k > 0 && alpha != 0.0f ? (alpha == 1.0f ? s : powf(s, alpha)) : 1.0f);
-        if (exact)
-            keep_largest(here, inverse, n, k, kth, m, kth > listed, found, values), m = k;
-        else if (limit >= listed)
+        if (exact) {
+            keep_largest(here, inverse, n, k, kth, m, kth > listed, found, values);
+            m = k;
+        } else if (limit >= listed)
             m = keep_above(m, limit, found, values);
         else
             m = find_above(here, inverse, n, limit, found, values);
