@@ -102,6 +102,17 @@ def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
     assert again["cells"][0] == cell
     assert weights.stat().st_mtime_ns == before
 
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "probe", lambda *_, **__: {"arms": {}, "rsae_minus_control": {}})
+        teacher = next((tmp_path / "runs").rglob("topk*/teacher/sae_weights.safetensors"))
+        original = teacher.read_bytes()
+        teacher.write_bytes(b"another's")
+        with pytest.raises(ValueError, match="not those that were measured"):
+            call(bench, monkeypatch, "--probe", "--only", "topk")
+        teacher.write_bytes(original)
+        call(bench, monkeypatch, "--probe", "--only", "topk")
+        assert "probing" in read_json(tmp_path / "results" / "evidence.json")["cells"][0]
+
     auc = {arm: {"1": {"auc": [0.5 + i / 8, 0.01]}} for i, arm in enumerate(("teacher", "control", "rsae"))}
     again["cells"][0]["probing"] = {
         "arms": auc,

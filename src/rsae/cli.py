@@ -392,9 +392,10 @@ def evaluate(
         from rsae.artefacts import read_json
         from rsae.pipeline import evaluate_folder
 
-        identity_of_run = read_json(run / "run.json")["identity"] if (run / "run.json").exists() else {}
+        about = read_json(run / "run.json") if (run / "run.json").exists() else {}
         host, hook, text = (
-            given or identity_of_run.get(name) for name, given in (("host", host), ("hook", hook), ("text", text))
+            given or about.get("identity", {}).get(name)
+            for name, given in (("host", host), ("hook", hook), ("text", text))
         )
         if host is None or hook is None or text is None:
             raise ValueError(

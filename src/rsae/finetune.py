@@ -45,7 +45,7 @@ Part = Literal["weights", "thresholds", "scales", "shape"]
 LOG_EVERY = 10
 NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is; a TopK's, which has none,
-# learns from what the active ones leave.
+# learns from what the active ones leave, by an auxiliary loss of this weight.
 SILENT_TOKENS = 100_000
 AUXILIARY = 1 / 32
 # No log-threshold, in training units, goes below: a latent that nothing wakes, or an L0 out of reach, would take it where exp is 0.
