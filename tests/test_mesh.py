@@ -125,6 +125,63 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which memory is a mapped file")
+def test_no_rank_holds_more_than_its_shard(tmp_path):
+    data = MemoryStore(5, seed=0)  # of more, pre-activations would be larger than weights
+    for family in ("relu", "topk"):
+        sae = initial_sae(family, data, d_sae=4096, l0=L0, seed=0)
+        save_sae(sae, tmp_path / family)
+        save_sae(calibrate(RationalSAE.from_teacher(sae), [data.x]), tmp_path / f"rational-{family}")
+    code = f"""
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from test_finetune import SMALL, MemoryStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rsae.finetune import finetune
+from rsae.mesh import Mesh
+from rsae.teachers import load_teacher
+
+class Largest(TorchDispatchMode):
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {{}}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage.nbytes() > self.nbytes and not is_mapped(storage.data_ptr()):
+                    self.nbytes = storage.nbytes()
+        return out
+
+def is_mapped(address):
+    for line in open("/proc/self/maps"):
+        (low, high), path = (int(end, 16) for end in line.split()[0].split("-")), line.split(maxsplit=5)[5:]
+        if low <= address < high:
+            return bool(path) and path[0].startswith("/")
+
+folder, data, mesh = Path({str(tmp_path)!r}), MemoryStore(5, seed=0), Mesh.of(2)
+config = replace(SMALL, steps=3, batch_size=4)
+for start in ("relu", "topk", "rational-relu", "rational-topk"):
+    sae = load_teacher(folder / start).sae
+    with Largest() as largest:
+        trained = finetune(sae, data, config, held_out=data, out=folder / "out" / start, mesh=mesh)
+    assert trained.cfg.d_sae == 4096 and not (trained.W_enc == sae.W_enc).all()
+    print(largest.nbytes / (sae.W_enc.nbytes))
+"""
+    done = torchrun(tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in "01":
+        shares = [float(line) for line in (tmp_path / rank).read_text().split()]
+        assert len(shares) == 4
+        assert all(0.4 < share < 0.9 for share in shares), shares
+    assert not list(tmp_path.glob("out/*/.joining"))
+
+
+@pytest.mark.slow
 def test_what_one_of_several_ranks_saves_for_itself_is_its_own(tmp_path):
     code = f"""
 from pathlib import Path

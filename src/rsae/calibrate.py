@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.polynomial.polynomial import polyval
 from scipy.optimize import brentq, least_squares
 from torch import Tensor
 
+from rsae.mesh import ALONE, Mesh
 from rsae.rational import RationalGate, sample_scale
 from rsae.sae import THETA, RationalSAE, as_jumprelu, copied, without_rescaling
 
@@ -30,18 +31,31 @@ def pre_acts(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "ba
 
 
 @torch.no_grad()
-def mean_l0(sae: SAE[Any], activations: Activations) -> float:
-    """Mean number of latents per token that are not exactly 0."""
+def mean_l0(sae: SAE[Any], activations: Activations, mesh: Mesh = ALONE) -> float:
+    """Mean number of latents per token that are not exactly 0. With a mesh `sae` is this rank's shard, here as elsewhere."""
     active = tokens = 0
     for x in activations:
-        active += int((sae.encode(x) != 0).sum())
+        active += int(mesh.latents.sum(_is_active(sae, x, mesh).sum()))
         tokens += len(x)
     _require(tokens)
     return active / tokens
 
 
+def _is_active(sae: SAE[Any], x: Float[Tensor, "batch d_in"], mesh: Mesh) -> Bool[Tensor, "batch d_shard"]:
+    """Which latents are not 0. Where a sample's largest decide, those of all shards do."""
+    if mesh.latents.size > 1 and sae.cfg.architecture() == "topk":
+        h = pre_acts(sae, x)
+        return mesh.is_among_largest(h, sae.cfg.k) & (h > 0)
+    if mesh.latents.size > 1 and isinstance(sae, RationalSAE) and sae.gate.support == "hard":
+        h = sae.pre_acts(x)
+        return h > sae.gate.sample_threshold(h, mesh.largest)
+    return sae.encode(x) != 0
+
+
 @torch.no_grad()
-def calibrate_threshold(teacher: SAE[Any], activations: Activations, l0: float | None = None) -> float:
+def calibrate_threshold(
+    teacher: SAE[Any], activations: Activations, l0: float | None = None, mesh: Mesh = ALONE
+) -> float:
     """The one threshold at which a TopK teacher has, on average, as many active latents as with its per-sample rule.
 
     Args:
@@ -50,7 +64,7 @@ def calibrate_threshold(teacher: SAE[Any], activations: Activations, l0: float |
         l0: the L0 to reach; default the teacher's k.
     """
     teacher = _as_it_selects(teacher)
-    return _edge((pre_acts(teacher, x) for x in activations), float(teacher.cfg.k if l0 is None else l0))
+    return _edge((pre_acts(teacher, x) for x in activations), float(teacher.cfg.k if l0 is None else l0), mesh)
 
 
 def _as_it_selects(sae: SAE[Any]) -> SAE[Any]:
@@ -65,7 +79,7 @@ def counting_threshold(sae: SAE[Any], activations: Activations, l0: float) -> fl
 
 
 @torch.no_grad()
-def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
+def match_l0(sae: SAE[Any], activations: Activations, l0: float, mesh: Mesh = ALONE) -> SAE[Any]:
     """A copy of `sae` whose mean L0 on `activations` is `l0`, by the one number its family leaves open.
 
     Thresholds (JumpReLU, rational with hard support) are multiplied by a common factor; a ReLU's b_enc and a gated SAE's b_gate get
@@ -90,10 +104,10 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float) -> SAE[Any]:
             magnitude = (h - sae.b_gate) * sae.r_mag.exp() + sae.b_mag  # type: ignore[operator]
             h = torch.where(magnitude > 0, h, h.amin())
         if threshold is not None:
-            h = h / (gate.sample_threshold(h) if gate is not None else threshold).clamp(min=1e-12)
+            h = h / (gate.sample_threshold(h, mesh.largest) if gate is not None else threshold).clamp(min=1e-12)
         return h
 
-    edge = _edge(map(relative, activations), l0)
+    edge = _edge(map(relative, activations), l0, mesh)
     if threshold is None:
         sae.get_parameter("b_gate" if architecture == "gated" else "b_enc").data.sub_(edge)
     else:
@@ -295,7 +309,7 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
     }
 
 
-def _edge(values: Iterable[Float[Tensor, "batch d_sae"]], l0: float) -> float:
+def _edge(values: Iterable[Float[Tensor, "batch d_shard"]], l0: float, mesh: Mesh = ALONE) -> float:
     """The number that, on average over all rows, `l0` values of a row are above.
 
     Raises:
@@ -304,9 +318,10 @@ def _edge(values: Iterable[Float[Tensor, "batch d_sae"]], l0: float) -> float:
     largest, rows, seen_to = [], 0, -math.inf
     for batch in values:
         rows += len(batch)
-        n = min(math.ceil(4 * l0 * len(batch)) + 1, batch.numel())  # of the batch, since some rows have many times l0
-        largest.append(batch.flatten().topk(n, sorted=False).values)
-        if n < batch.numel():
+        total = batch.numel() * mesh.latents.size
+        n = min(math.ceil(4 * l0 * len(batch)) + 1, total)  # of the batch, since some rows have many times l0
+        largest.append(mesh.largest(batch.reshape(1, -1), n)[0].topk(n, sorted=False).values)
+        if n < total:
             seen_to = max(seen_to, float(largest[-1].min()))
     _require(rows)
     edge = _value_at_rank(torch.cat(largest), round(l0 * rows))

@@ -31,7 +31,7 @@ from rsae import sparse
 from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, read_json, write_json
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
-from rsae.mesh import ALONE, Mesh, is_per_latent, joined, shard_of
+from rsae.mesh import ALONE, Mesh, is_per_latent, joined, shard_of, with_weights
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
 from rsae.sae import RationalSAE, copied, save_sae, without_rescaling
 from rsae.teachers import load_teacher
@@ -628,9 +628,10 @@ def check_mesh(sae: SAE[Any], config: FinetuneConfig, mesh: Mesh, out: Path | No
         )
 
 
-def check_weights(sae: SAE[Any], name: str) -> None:
-    """Refuse to finish with an SAE that cannot be loaded again."""
-    if broken := [key for key, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]:
+def check_weights(sae: SAE[Any], name: str, mesh: Mesh = ALONE) -> None:
+    """Refuse to finish with an SAE that cannot be loaded again, whichever shard it is that cannot."""
+    broken = [key for key, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
+    if broken := sorted({key for keys in mesh.ranks.gather(broken) for key in keys}):
         raise ValueError(f"{name}: training ended with nan or inf in {', '.join(broken)}; lower the learning rates")
     if isinstance(sae, RationalSAE):
         sae.gate.check()
@@ -644,7 +645,8 @@ def check_topk_l0(sae: SAE[Any], l0: float | None) -> None:
 
 def check_settings(sae: SAE[Any], config: FinetuneConfig) -> None:
     """Refuse an objective or an L0 that an SAE cannot have, to freeze what it does not have, or to freeze all that it has."""
-    parts = set(trainee_for(sae, 1.0, config).parts())
+    without_weights = with_weights(sae, {name: tensor.to("meta") for name, tensor in sae.state_dict().items()})
+    parts = set(trainee_for(without_weights, 1.0, config).parts())
     if config.target_l0 is not None and config.target_l0 > sae.cfg.d_sae:
         raise ValueError(f"target_l0 {config.target_l0:g} is more than the SAE's {sae.cfg.d_sae} latents")
     if sae.cfg.architecture() == "topk" and config.objective == "l0":
@@ -684,8 +686,8 @@ def finetune(
             killed continues from its last checkpoint to the same result; a finished one is loaded.
         progress, name: progress(name, steps done, steps).
         mesh: the ranks that train together (`Mesh.of`), each on its share of every batch and with its shard of the latents. What
-            comes out is what one process gets, but for the rounding of sums, and a run may be continued by other ranks. Before and
-            after training every rank holds the whole SAE. Needs `out`.
+            comes out is what one process gets, but for the rounding of sums, and a run may be continued by other ranks. No rank
+            holds more of the SAE in memory than its shard: what comes and what is returned can be mapped files. Needs `out`.
 
     Returns:
         A new SAE of the same class, in the units of the activations, on the device and in the dtype of `sae`. It is trained,
@@ -716,30 +718,25 @@ def finetune(
     folder = _Folder(out, inputs, mesh) if out is not None else None
     if folder is not None and folder.done:
         return folder.result().to(sae.W_enc.device, sae.W_enc.dtype)
-    # In float32 all along: the factor that matches L0 is less than bfloat16 can tell apart
-    like, sae = sae.W_enc, copied(sae).to(mesh.device, torch.float32)
     # A dense gate's L0 is d_sae, and nothing is steered to it
     dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"
-    target = config.target_l0 or (float(sae.cfg.d_sae) if dense else mean_l0(sae, _activations(held_out, mesh)))
+    like, d_sae = sae.W_enc, sae.cfg.d_sae
+    # In float32 all along: the factor that matches L0 is less than bfloat16 can tell apart
+    part = (copied(sae) if mesh.latents.size == 1 else shard_of(sae, mesh)).to(mesh.device, torch.float32)
+    target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, _activations(held_out, mesh), mesh))
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
-    start = _ready_to_train(sae, sample, config, target, mesh)
-    part = shard_of(start, mesh)
+    part = _ready_to_train(part, sample, config, target, mesh)
     trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh).to(mesh.device)
     del sample
     _train(trainee, data, config, target, folder, progress, name)
-    result = joined(trainee.export(part), start, mesh)
-
-    def finish() -> None:
-        nonlocal result
-        if config.objective == "matched-l0" and "thresholds" not in config.frozen:
-            result = match_l0(result, _activations(held_out, mesh), target)
-        check_weights(result, name)
-        if folder is not None:
-            folder.finish(result)
-
-    mesh.once(finish)
-    # Ranks beside the first have what was trained, but not what was matched
-    return (result if folder is None or mesh.devices is None else folder.result()).to(like.device, like.dtype)
+    part = trainee.export(part)
+    del trainee
+    if config.objective == "matched-l0" and "thresholds" not in config.frozen:
+        part = match_l0(part, _activations(held_out, mesh), target, mesh)
+    check_weights(part, name, mesh)
+    if folder is not None:
+        folder.finish(part)
+    return (part if folder is None or mesh.devices is None else folder.result()).to(like.device, like.dtype)
 
 
 def _train(
@@ -841,15 +838,16 @@ def _ready_to_train(sae: SAE[Any], sample: list[Tensor], config: FinetuneConfig,
     gate = sae.gate
     assert gate.threshold is not None
     sample = [x.to(mesh.device) for x in sample]
+    thresholds = mesh.whole(gate.threshold)
     if gate.alpha == 1:
-        gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0) / gate.threshold.median())
-    elif not bool((gate.threshold > 0).all()):
+        gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0, mesh) / thresholds.median())
+    elif not bool((thresholds > 0).all()):
         # In proportion to each latent's own size, so that none is silenced; the common factor keeps the larger activations,
         # since what l1 shrank to little more than nothing is what a threshold is there to leave out
-        share = 1.0 if bool((gate.threshold > 0).any()) else RELU_START
-        typical = _mean_active(sae, sample)
+        share = 1.0 if bool((thresholds > 0).any()) else RELU_START
+        typical = _mean_active(sae, sample, mesh)
         gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
-        matched = match_l0(sae, sample, share * l0)
+        matched = match_l0(sae, sample, share * l0, mesh)
         assert isinstance(matched, RationalSAE)
         sae, gate = matched, matched.gate
     if gate.alpha in (0, 1):  # what lies between was trained so
@@ -859,14 +857,14 @@ def _ready_to_train(sae: SAE[Any], sample: list[Tensor], config: FinetuneConfig,
 
 
 @torch.no_grad()
-def _mean_active(sae: SAE[Any], sample: list[Tensor]) -> Tensor:
+def _mean_active(sae: SAE[Any], sample: list[Tensor], mesh: Mesh) -> Tensor:
     """Mean positive pre-activation of each latent, (d_sae,); of one that has none, the median latent's."""
     total = count = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)
     for x in sample:
         h = pre_acts(sae, x)
         total, count = total + h.relu().sum(0), count + (h > 0).sum(0)
-    mean = total / count
-    return torch.where(count > 0, mean, mean[count > 0].median())
+    mean = total / count  # nan where there is none
+    return torch.where(count > 0, mean, mesh.whole(mean).nanmedian())
 
 
 def _hash_of(sae: SAE[Any]) -> str:
@@ -875,7 +873,8 @@ def _hash_of(sae: SAE[Any]) -> str:
     digest = hashlib.sha256(json.dumps(cfg, sort_keys=True, default=str).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        for piece in tensor.detach().flatten().split(1 << 24):  # a narrow dtype is not widened whole
+            digest.update(piece.float().cpu().numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -947,11 +946,16 @@ class _Folder:
         self.mesh.once(shorten)
         return step
 
-    def finish(self, sae: SAE[Any]) -> None:
-        """Save the result and mark the run as done."""
-        save_sae(sae, self.path)
-        write_json(self.path / "finetune.json", {**self._about, "done": True})
-        self._drop()
+    def finish(self, part: SAE[Any]) -> None:
+        """Save the result, of which every rank brings its part, and mark the run as done."""
+
+        def publish() -> None:
+            save_sae(whole, self.path)
+            write_json(self.path / "finetune.json", {**self._about, "done": True})
+            self._drop()
+
+        with joined(part, self.mesh, self.path / ".joining") as whole:
+            self.mesh.once(publish)
 
     def _steps(self) -> list[int]:
         return [int(path.name.partition("-")[2]) for path in self.path.glob("checkpoint-*")]

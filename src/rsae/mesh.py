@@ -6,6 +6,9 @@ in latents alone see the same samples. One process is the 1 x 1 grid, in which n
 
 from __future__ import annotations
 
+import copy
+import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +21,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rsae.ranks import Ranks
-from rsae.sae import copied
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -117,6 +119,10 @@ class Mesh(NamedTuple):
         left = k - counts[:, 0].sum(0) - counts[: self.latents.rank, 1].sum(0)
         return above | (equal & (equal.cumsum(1) <= left[:, None]))
 
+    def whole(self, tensor: Float[Tensor, " d_shard"]) -> Float[Tensor, " d_sae"]:
+        """What all shards of the latents have of a vector. Without a gradient."""
+        return torch.cat(self.latents.gather(tensor))
+
     def largest(self, values: Float[Tensor, "batch d_shard"], k: int) -> Float[Tensor, "batch n"]:
         """Of each row the k largest over all shards, and perhaps some more."""
         if self.latents.size == 1:
@@ -208,31 +214,55 @@ def _latents_axis(name: str) -> int:
     return 1 if name == "W_enc" else 0
 
 
-@torch.no_grad()
 def shard_of(sae: SAE[Any], mesh: Mesh) -> SAE[Any]:
-    """The SAE with the latents of this rank alone."""
+    """The SAE with the latents of this rank alone; of a checkpoint that is mapped into memory nothing else is read."""
     if mesh.latents.size == 1:
         return sae
-    part = copied(sae)
-    for name, parameter in part.named_parameters():
-        if is_per_latent(name, parameter):
-            chunk = parameter.chunk(mesh.latents.size, dim=_latents_axis(name))[mesh.latents.rank]
-            parameter.data = chunk.clone(memory_format=torch.contiguous_format)
-    part.cfg.d_sae = sae.cfg.d_sae // mesh.latents.size
-    return part
+    weights = sae.state_dict()
+    for name, tensor in weights.items():
+        if is_per_latent(name, tensor):
+            chunk = tensor.chunk(mesh.latents.size, dim=_latents_axis(name))[mesh.latents.rank]
+            weights[name] = chunk.clone(memory_format=torch.contiguous_format)
+    return with_weights(sae, weights)
 
 
-@torch.no_grad()
-def joined(part: SAE[Any], whole: SAE[Any], mesh: Mesh) -> SAE[Any]:
-    """A copy of `whole` with the weights of all ranks' parts."""
+@contextmanager
+def joined(part: SAE[Any], mesh: Mesh, scratch: Path) -> Iterator[SAE[Any]]:
+    """Within the block, on the main rank: the SAE of all ranks' parts. On the others, their own part.
+
+    It is never held in memory: each rank writes its part to the folder `scratch`, which goes afterwards, and the SAE's weights are
+    files there, mapped.
+    """
     if mesh.latents.size == 1:
-        return part
-    sae, parts = copied(whole), dict(part.named_parameters())
-    for name, parameter in sae.named_parameters():
-        mine = parts[name].detach()
-        shards = mesh.latents.gather(mine) if is_per_latent(name, mine) else [mine]
-        parameter.data = torch.cat(shards, dim=_latents_axis(name)) if len(shards) > 1 else mine
-    return sae
+        yield part
+        return
+    mesh.once(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    # With latents first, which is how a mesh divides what it saves
+    parts = {name: tensor.T if name == "W_enc" else tensor for name, tensor in part.state_dict().items()}
+    mesh.save({name: tensor.contiguous() for name, tensor in parts.items()}, scratch / "parts")
+    sae = part
+    if mesh.ranks.is_main:
+        weights = {}
+        for name, tensor in part.state_dict().items():
+            shape = list(tensor.shape)
+            if is_per_latent(name, tensor):
+                shape[_latents_axis(name)] *= mesh.latents.size
+            file = str(scratch / name)
+            weights[name] = torch.from_file(file, shared=True, size=math.prod(shape), dtype=tensor.dtype).view(shape)
+        ALONE.load({name: weights[name].T if name == "W_enc" else weights[name] for name in parts}, scratch / "parts")
+        sae = with_weights(part, weights)
+    yield sae
+    mesh.once(lambda: shutil.rmtree(scratch))
+
+
+def with_weights(sae: SAE[Any], weights: Mapping[str, Tensor]) -> SAE[Any]:
+    """An SAE like `sae` of these weights themselves, not of copies; their number of latents may be another."""
+    cfg = copy.deepcopy(sae.cfg)
+    device, cfg.device, cfg.d_sae = cfg.device, "meta", len(weights["W_dec"])
+    other = type(sae)(cfg)
+    other.cfg.device = device
+    other.load_state_dict(weights, assign=True)
+    return other
 
 
 @contextmanager

@@ -433,15 +433,20 @@ def train_arms(
         save_sae(teacher, run / "teacher")
     l0 = mesh.once(lambda: mean_l0(teacher, (x for x, _ in data.validation.iterate(2048))))
     settings = replace(config.finetune, target_l0=config.finetune.target_l0 or l0)
-    with ledger.clock("init"):
-        sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
-        is_rational = isinstance(teacher, RationalSAE)
-        support: Support = "dense" if config.recipe == "paper" else "hard"
-        init = teacher
-        if not is_rational:
+    init = teacher
+
+    def initialise() -> None:
+        nonlocal init
+        if not isinstance(teacher, RationalSAE):
+            sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
+            support: Support = "dense" if config.recipe == "paper" else "hard"
             init = calibrate(RationalSAE.from_teacher(teacher, config.degree, support=support), sample)
-        mesh.once(lambda: save_sae(init, run / "init"))
-        init = init if mesh.ranks.is_main else load_teacher(run / "init").sae
+        save_sae(init, run / "init")
+
+    with ledger.clock("init"):
+        mesh.once(initialise)
+        if mesh.devices is not None:
+            init = load_teacher(run / "init").sae  # mapped, by all ranks
     arms = {"teacher": teacher, "init": init}
     # There is no own gate to train in an RSAE's control but the rational: it keeps the one that it has
     of_control = settings

@@ -433,12 +433,20 @@ class RationalGate(nn.Module):
         C_out = self.C_out if C_out is None else C_out
         return rational(h, self.num_coeffs, self.den_coeffs, C_in, C_out, self.centre, self.scale)
 
-    def sample_threshold(self, h: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """Threshold of every latent in every sample, theta_j s(x)^alpha; (d_sae,) or scalar where samples do not matter."""
+    def sample_threshold(
+        self, h: Float[Tensor, "*batch d_sae"], largest: Callable[[Tensor, int], Tensor] | None = None
+    ) -> Float[Tensor, "*batch d_sae"]:
+        """Threshold of every latent in every sample, theta_j s(x)^alpha; (d_sae,) or scalar where samples do not matter.
+
+        Where these are some latents of several shards, `largest(values, n)` gives the n largest of each sample over all.
+        """
         assert self.threshold is not None
         if self.alpha == 0 or self.k is None:
             return self.threshold
-        return self.threshold * sample_scale(h / self.threshold.detach(), self.k) ** self.alpha
+        relative = h / self.threshold.detach()
+        if largest is not None:
+            relative = largest(relative, self.k + 1)
+        return self.threshold * sample_scale(relative, self.k) ** self.alpha
 
     def forward(
         self,
