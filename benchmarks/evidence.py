@@ -34,10 +34,11 @@ from benchmarks.evidence_tables import FIRST_LOOP, METRICS, STEPS, setting_of, s
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
-from rsae.evaluate import evaluate_runs
+from rsae.evaluate import COMPARISON_RULE, evaluate_runs
 from rsae.finetune import FinetuneConfig, TopKTrainee, Trainee, finetune
 from rsae.hosts import TokenLosses, load_host
 from rsae.identity import identity
+from rsae.metrics import NotFinite
 from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
 from rsae.pretrain import Family, pretrain
 from rsae.probing import QUICK, probe
@@ -69,10 +70,8 @@ DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluatio
 """220,000 tokens of text leave more than 200,000 that are measured."""
 IDENTITY = 160
 """Contexts that latents are compared on, index by index, in cells with all arms: about 40,000 tokens."""
-DIVERGED = "the loss is"
-"""In what `rsae.finetune` says of a run that is not finite."""
 L0_TOLERANCE = 0.01
-"""A cell whose two arms end further apart than this in L0, on the tokens they are compared on, has failed."""
+"""A cell has failed whose teacher, control and RSAE end further apart than this in L0, on the tokens they are compared on."""
 
 
 class Arm(NamedTuple):
@@ -180,8 +179,8 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
                 start(ARMS[name].start, teacher, data, cell.seed), data.train, how, held_out=data.validation, out=out / name,
                 progress=progress, name=f"{cell.name} {name}",
             )  # fmt: skip
-        except ValueError as error:
-            if name in MAIN or DIVERGED not in str(error):
+        except NotFinite as error:
+            if name in MAIN:
                 raise
             failed_arms[name] = str(error)
     eps = {}
@@ -198,7 +197,8 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         {"": saes}, data.host, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=DATA.ce_tokens,
         eps=eps, pairs=pairs, progress=progress,
     ).values()  # fmt: skip
-    gap = abs(found["rsae"]["l0"] / found["control"]["l0"] - 1)
+    l0s = [found[arm]["l0"] for arm in ("teacher", *MAIN)]
+    gap = max(l0s) / min(l0s) - 1
     contexts = Contexts(
         data.evaluation.tokens[:IDENTITY], data.evaluation.documents[:IDENTITY], data.evaluation.sources
     )
@@ -208,7 +208,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         "arms": {arm: found[arm] for arm in saes} | {arm: found[arm] | {"eps": value} for arm, value in eps.items()},
         **{"_minus_".join(pair): found["_minus_".join(pair)] for pair in pairs},
         "verdict": dict.fromkeys(found["verdict"], "failed") if gap > L0_TOLERANCE else found["verdict"],
-        "failed": f"L0 of rsae and control are {gap:.1%} apart" if gap > L0_TOLERANCE else None,
+        "failed": f"L0 of teacher, control and rsae are {gap:.1%} apart" if gap > L0_TOLERANCE else None,
         "failed_arms": failed_arms,
         "identity": identity(
             teacher, {arm: saes[arm] for arm in MAIN}, data.host, data.hook, contexts, store_stats=data.train.sink_rule,
@@ -313,9 +313,7 @@ def attempt(cell: Cell, arms: Sequence[str], data: Data, progress: Progress | No
     """`run`; a cell whose control or RSAE diverges stands in the tables too."""
     try:
         return run(cell, arms, data, RUNS / cell.name, progress)
-    except ValueError as error:
-        if DIVERGED not in str(error):
-            raise
+    except NotFinite as error:
         return about(cell, data) | {"arms": {}, "verdict": dict.fromkeys(METRICS, "failed"), "failed": str(error)}
 
 
@@ -341,7 +339,7 @@ def main() -> None:
     evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
     evidence["settings"] = {setting_of(asdict(cell)): settings(cell) for cell in grid()}
     evidence["loops"] = {setting_of(asdict(cell)): loop_of(cell) for cell in grid()}
-    evidence["grid"] = len(grid())
+    evidence["grid"], evidence["comparison_rule"] = len(grid()), COMPARISON_RULE
     known = {cell["name"]: cell for cell in evidence["cells"]}
     chosen = [] if arguments.tables else [cell for cell in grid() if arguments.only in cell.name]
     deadline = time.monotonic() + 60 * arguments.minutes

@@ -145,7 +145,7 @@ def test_an_arm_that_diverges_does_not_take_the_cell_with_it(bench, monkeypatch,
 
     def diverge(*arguments, name, **others):
         if name.endswith("scale_only"):
-            raise ValueError("scale_only: the loss is nan at step 10")
+            raise bench.NotFinite("scale_only: the loss is nan at step 10")
         return train(*arguments, name=name, **others)
 
     monkeypatch.setattr(bench, "finetune", diverge)
@@ -158,7 +158,7 @@ def test_an_arm_that_diverges_does_not_take_the_cell_with_it(bench, monkeypatch,
 
 def test_a_cell_that_cannot_be_run_stands_in_the_table(bench, monkeypatch, tmp_path):
     def diverge(*_, **__):
-        raise ValueError("rsae: the loss is nan at step 10")
+        raise bench.NotFinite("rsae: the loss is nan at step 10")
 
     monkeypatch.setattr(bench, "finetune", diverge)
     call(bench, monkeypatch, "--only", "relu")

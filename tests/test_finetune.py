@@ -364,6 +364,13 @@ def test_d_in_of_sae_and_activations_must_agree(data, held_out):
         finetune(StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)), data, SMALL, held_out=held_out)
 
 
+def test_weights_of_two_dtypes_are_refused(data, held_out):
+    sae = initial_sae("topk", data, d_sae=D_SAE, l0=L0, seed=0)
+    sae.W_dec.data = sae.W_dec.data.bfloat16()
+    with pytest.raises(ValueError, match=r"W_enc is torch\.float32 and W_dec torch\.bfloat16"):
+        finetune(sae, data, SMALL, held_out=held_out)
+
+
 @pytest.mark.parametrize(
     "change", [{"normalize_activations": "expected_average_only_in"}, {"reshape_activations": "hook_z"}]
 )

@@ -156,7 +156,7 @@ def upgrade(
     ] = "hard",
     penalty: Annotated[float | None, typer.Option(help="The paper recipe's price of l1; default 0.3.")] = None,
     steps: Steps = 1000,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of both fine-tuned arms; default 4e-4.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of both fine-tuned arms; default 1e-3.")] = None,
     seed: Seed = 0,
     context_length: ContextLength = 256,
     latent_shards: LatentShards = 1,

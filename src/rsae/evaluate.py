@@ -326,7 +326,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"arm {name!r}: {error}") from None
+        raise type(error)(f"arm {name!r}: {error}") from None
 
 
 def _comparisons(

@@ -32,6 +32,7 @@ from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, read_json, write_json
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
 from rsae.mesh import ALONE, Mesh, is_per_latent, joined, shard_of, with_weights
+from rsae.metrics import NotFinite
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
 from rsae.sae import RationalSAE, copied, save_sae, without_rescaling
 from rsae.teachers import load_teacher
@@ -62,7 +63,7 @@ class FinetuneConfig:
     """Optimizer steps."""
     batch_size: int = 2048
     """Tokens in a step."""
-    lr: float = 4e-4
+    lr: float = 1e-3
     """Adam's learning rate of weights and biases."""
     gate_lr: float = 1e-3
     """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
@@ -596,12 +597,16 @@ def schedule(step: int, config: FinetuneConfig) -> float:
 
 
 def check_trainable(sae: SAE[Any]) -> None:
-    """Refuse an SAE whose inputs are not what a store holds.
+    """Refuse an SAE whose inputs are not what a store holds, or whose weights are not of one dtype.
 
     Raises:
         ValueError: says what to do.
     """
     cfg = sae.cfg
+    if sae.W_enc.dtype != sae.W_dec.dtype:
+        raise ValueError(
+            f"W_enc is {sae.W_enc.dtype} and W_dec {sae.W_dec.dtype}: make them one (sae.to(torch.float32))"
+        )
     if cfg.reshape_activations != "none":
         raise ValueError(
             f"this SAE has reshape_activations {cfg.reshape_activations!r}: it reads attention heads side by side, and rsae "
@@ -632,7 +637,7 @@ def check_weights(sae: SAE[Any], name: str, mesh: Mesh = ALONE) -> None:
     """Refuse to finish with an SAE that cannot be loaded again, whichever shard it is that cannot."""
     broken = [key for key, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
     if broken := sorted({key for keys in mesh.ranks.gather(broken) for key in keys}):
-        raise ValueError(f"{name}: training ended with nan or inf in {', '.join(broken)}; lower the learning rates")
+        raise NotFinite(f"{name}: training ended with nan or inf in {', '.join(broken)}; lower the learning rates")
     if isinstance(sae, RationalSAE):
         sae.gate.check()
 
@@ -795,7 +800,7 @@ def _train(
         if done % LOG_EVERY == 0 or saves or done == config.steps:  # a run that goes on from there logs the same
             loss, squared_error, variance, l0 = (sums / counted).tolist()
             if not math.isfinite(loss):
-                raise ValueError(f"{name}: the loss is {loss} at step {done}; lower the learning rate ({config.lr})")
+                raise NotFinite(f"{name}: the loss is {loss} at step {done}; lower the learning rate ({config.lr})")
             seconds = time.perf_counter() - began
             row = {
                 "step": done,

@@ -24,6 +24,10 @@ _ROWS = 2048  # rows of latents looked at together: bounds the scratch memory
 _DRAWS = 1 << 22  # document draws of the bootstrap held together: bounds its memory
 
 
+class NotFinite(ValueError):
+    """nan or inf where a number should be: a run has diverged, or a checkpoint is damaged."""
+
+
 class DocumentSums(NamedTuple):
     """One ratio metric by document: over any set of documents it is sum(numerator) / sum(denominator)."""
 
@@ -365,10 +369,10 @@ def verdict(
 
 
 def _finite(name: str, tensor: Tensor) -> float:
-    """Smallest entry of a non-empty tensor; ValueError if one is nan or inf (aminmax passes both on, in one pass)."""
+    """Smallest entry of a non-empty tensor; NotFinite if one is nan or inf (aminmax passes both on, in one pass)."""
     low, high = (float(bound) for bound in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"nan or inf in {name} (smallest {low}, largest {high}): check the weights and activations")
+        raise NotFinite(f"nan or inf in {name} (smallest {low}, largest {high}): check the weights and activations")
     return low
 
 

@@ -339,7 +339,7 @@ DEMO = UpgradeConfig(
     validation_tokens=60_000,
     evaluation_tokens=60_000,
     ce_tokens=6_144,
-    finetune=FinetuneConfig(steps=500, lr=1e-3),
+    finetune=FinetuneConfig(steps=500),
 )
 UPGRADE_METRICS = "metrics.upgrade.json"
 """What an upgrade measured, in a run folder that was measured again by `rsae evaluate`."""
