@@ -14,7 +14,7 @@ from test_finetune import D_IN, D_SAE, L0, SMALL, MemoryStore
 
 from rsae.calibrate import calibrate
 from rsae.finetune import check_mesh
-from rsae.mesh import ALONE, Axis, Mesh
+from rsae.mesh import ALONE, JOINING, Axis, Mesh
 from rsae.pretrain import initial_sae
 from rsae.sae import RationalSAE, save_sae
 from rsae.teachers import load_teacher
@@ -132,6 +132,7 @@ def test_no_rank_holds_more_than_its_shard(tmp_path):
         sae = initial_sae(family, data, d_sae=4096, l0=L0, seed=0)
         save_sae(sae, tmp_path / family)
         save_sae(calibrate(RationalSAE.from_teacher(sae), [data.x]), tmp_path / f"rational-{family}")
+    (tmp_path / "out" / "relu" / JOINING / "of a run that was killed").mkdir(parents=True)
     code = f"""
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +179,42 @@ for start in ("relu", "topk", "rational-relu", "rational-topk"):
         shares = [float(line) for line in (tmp_path / rank).read_text().split()]
         assert len(shares) == 4
         assert all(0.4 < share < 0.9 for share in shares), shares
-    assert not list(tmp_path.glob("out/*/.joining"))
+    assert not list(tmp_path.glob(f"out/*/{JOINING}"))
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_one_rank_is_refused_by_all(tmp_path):
+    data = MemoryStore(200, seed=0)
+    sae = initial_sae("topk", data, d_sae=D_SAE, l0=L0, seed=0)
+    save_sae(calibrate(RationalSAE.from_teacher(sae), [data.x]), tmp_path / "sae")
+    code = f"""
+import shutil
+from pathlib import Path
+
+import torch
+
+from rsae.finetune import check_weights
+from rsae.mesh import Mesh, save_joined, shard_of
+from rsae.teachers import load_teacher
+
+folder, mesh = Path({str(tmp_path)!r}), Mesh.of(2)
+part = shard_of(load_teacher(folder / "sae").sae, mesh)
+shutil.disk_usage = lambda _: shutil._ntuple_diskusage(1, 1, 0)
+for function in (lambda: save_joined(part, mesh, folder / "out"), lambda: check_weights(part, "arm", mesh)):
+    try:
+        function()
+    except ValueError as error:
+        print(str(error).partition("/out ")[2] or error)
+    with torch.no_grad():
+        part.gate.threshold.fill_(1.0 - mesh.latents.rank)  # one of 0, which follows the sample, on the second rank
+"""
+    done = torchrun(tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in "01":
+        full, wrong = (tmp_path / rank).read_text().splitlines()
+        assert full.startswith("has 0.0 GB free")
+        assert wrong.startswith("arm: training ended with thresholds that follow the sample")
+    assert not (tmp_path / "out" / "cfg.json").exists()
 
 
 @pytest.mark.slow

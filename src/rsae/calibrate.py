@@ -102,7 +102,7 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float, mesh: Mesh = AL
         if architecture == "gated":
             # An open gate lets nothing through where the magnitude is not positive: such come last
             magnitude = (h - sae.b_gate) * sae.r_mag.exp() + sae.b_mag  # type: ignore[operator]
-            h = torch.where(magnitude > 0, h, h.amin())
+            h = torch.where(magnitude > 0, h, mesh.whole(h.amin()[None]).amin())
         if threshold is not None:
             h = h / (gate.sample_threshold(h, mesh.largest) if gate is not None else threshold).clamp(min=1e-12)
         return h

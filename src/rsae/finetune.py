@@ -31,10 +31,10 @@ from rsae import sparse
 from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, read_json, write_json
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
-from rsae.mesh import ALONE, Mesh, is_per_latent, joined, shard_of, with_weights
+from rsae.mesh import ALONE, JOINING, Mesh, is_per_latent, save_joined, shard_of, with_weights
 from rsae.metrics import NotFinite
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
-from rsae.sae import RationalSAE, copied, save_sae, without_rescaling
+from rsae.sae import RationalSAE, copied, without_rescaling
 from rsae.teachers import load_teacher
 
 if TYPE_CHECKING:
@@ -635,11 +635,14 @@ def check_mesh(sae: SAE[Any], config: FinetuneConfig, mesh: Mesh, out: Path | No
 
 def check_weights(sae: SAE[Any], name: str, mesh: Mesh = ALONE) -> None:
     """Refuse to finish with an SAE that cannot be loaded again, whichever shard it is that cannot."""
-    broken = [key for key, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
-    if broken := sorted({key for keys in mesh.ranks.gather(broken) for key in keys}):
-        raise NotFinite(f"{name}: training ended with nan or inf in {', '.join(broken)}; lower the learning rates")
-    if isinstance(sae, RationalSAE):
-        sae.gate.check()
+    broken = [f"nan or inf in {key}" for key, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
+    if isinstance(sae, RationalSAE) and not broken:
+        try:
+            sae.gate.check()
+        except ValueError as error:
+            broken.append(str(error))
+    if broken := sorted({each for part in mesh.ranks.gather(broken) for each in part}):
+        raise NotFinite(f"{name}: training ended with {'; '.join(broken)}: lower the learning rates")
 
 
 def check_topk_l0(sae: SAE[Any], l0: float | None) -> None:
@@ -727,14 +730,15 @@ def finetune(
     dense = isinstance(sae, RationalSAE) and sae.gate.support == "dense"
     like, d_sae = sae.W_enc, sae.cfg.d_sae
     # In float32 all along: the factor that matches L0 is less than bfloat16 can tell apart
-    part = (copied(sae) if mesh.latents.size == 1 else shard_of(sae, mesh)).to(mesh.device, torch.float32)
+    part = shard_of(sae, mesh).to(mesh.device, torch.float32)
     target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, _activations(held_out, mesh), mesh))
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     part = _ready_to_train(part, sample, config, target, mesh)
     trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh).to(mesh.device)
     del sample
+    part.cpu()  # the trainee has weights of its own
     _train(trainee, data, config, target, folder, progress, name)
-    part = trainee.export(part)
+    part = trainee.export(part).to(mesh.device)
     del trainee
     if config.objective == "matched-l0" and "thresholds" not in config.frozen:
         part = match_l0(part, _activations(held_out, mesh), target, mesh)
@@ -896,6 +900,7 @@ class _Folder:
 
     def _open(self, hash_: str, inputs: dict[str, Any]) -> dict[str, Any]:
         about = self.path / "finetune.json"
+        shutil.rmtree(self.path / JOINING, ignore_errors=True)  # of a run that was killed as it ended
         if about.exists():
             found = read_json(about)
             if found["hash"] == hash_:
@@ -953,14 +958,13 @@ class _Folder:
 
     def finish(self, part: SAE[Any]) -> None:
         """Save the result, of which every rank brings its part, and mark the run as done."""
+        save_joined(part, self.mesh, self.path)
 
-        def publish() -> None:
-            save_sae(whole, self.path)
+        def close() -> None:
             write_json(self.path / "finetune.json", {**self._about, "done": True})
             self._drop()
 
-        with joined(part, self.mesh, self.path / ".joining") as whole:
-            self.mesh.once(publish)
+        self.mesh.once(close)
 
     def _steps(self) -> list[int]:
         return [int(path.name.partition("-")[2]) for path in self.path.glob("checkpoint-*")]

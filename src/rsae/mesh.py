@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rsae.ranks import Ranks
+from rsae.sae import copied, save_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -188,7 +189,7 @@ class Mesh(NamedTuple):
 
         latents = self.devices["latents"]
         return {
-            name: DTensor.from_local(tensor, latents, [Shard(0)], run_check=False)
+            name: DTensor.from_local(tensor, latents, [Shard(_latents_axis(name))], run_check=False)
             if is_per_latent(name, tensor)
             else tensor
             for name, tensor in tensors.items()
@@ -196,6 +197,8 @@ class Mesh(NamedTuple):
 
 
 ALONE = Mesh()
+JOINING = ".joining"
+"""Folder, in that of a run, in which its result is put together."""
 
 PER_LATENT = {
     "W_enc", "W_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold", "log_threshold", "silent", "C_in", "C_out",
@@ -210,14 +213,14 @@ def is_per_latent(name: str, tensor: Tensor) -> bool:
 
 
 def _latents_axis(name: str) -> int:
-    """The dimension of an SAE's tensor that counts latents: SAELens has W_enc as (d_in, d_sae)."""
+    """The dimension of a tensor that counts latents: SAELens has W_enc as (d_in, d_sae), all else has latents first."""
     return 1 if name == "W_enc" else 0
 
 
 def shard_of(sae: SAE[Any], mesh: Mesh) -> SAE[Any]:
-    """The SAE with the latents of this rank alone; of a checkpoint that is mapped into memory nothing else is read."""
+    """A copy of the SAE with the latents of this rank alone; of a checkpoint that is mapped into memory nothing else is read."""
     if mesh.latents.size == 1:
-        return sae
+        return copied(sae)
     weights = sae.state_dict()
     for name, tensor in weights.items():
         if is_per_latent(name, tensor):
@@ -226,33 +229,45 @@ def shard_of(sae: SAE[Any], mesh: Mesh) -> SAE[Any]:
     return with_weights(sae, weights)
 
 
-@contextmanager
-def joined(part: SAE[Any], mesh: Mesh, scratch: Path) -> Iterator[SAE[Any]]:
-    """Within the block, on the main rank: the SAE of all ranks' parts. On the others, their own part.
+def save_joined(part: SAE[Any], mesh: Mesh, folder: Path) -> None:
+    """Save the SAE of all ranks' parts as a SAELens checkpoint.
 
-    It is never held in memory: each rank writes its part to the folder `scratch`, which goes afterwards, and the SAE's weights are
-    files there, mapped.
+    No rank ever has it in memory: each writes its part to folder/JOINING, and the first maps files there that it puts them together
+    in. These go when it is done.
+
+    Raises:
+        ValueError: the disk is too full for that.
     """
     if mesh.latents.size == 1:
-        yield part
+        mesh.once(lambda: save_sae(part, folder))
         return
+    scratch = folder / JOINING
     mesh.once(lambda: shutil.rmtree(scratch, ignore_errors=True))
-    # With latents first, which is how a mesh divides what it saves
-    parts = {name: tensor.T if name == "W_enc" else tensor for name, tensor in part.state_dict().items()}
-    mesh.save({name: tensor.contiguous() for name, tensor in parts.items()}, scratch / "parts")
-    sae = part
-    if mesh.ranks.is_main:
-        weights = {}
+    mesh.save(part.state_dict(), scratch / "parts")
+
+    def publish() -> None:
+        whole = {}
         for name, tensor in part.state_dict().items():
-            shape = list(tensor.shape)
+            whole[name] = list(tensor.shape)
             if is_per_latent(name, tensor):
-                shape[_latents_axis(name)] *= mesh.latents.size
-            file = str(scratch / name)
-            weights[name] = torch.from_file(file, shared=True, size=math.prod(shape), dtype=tensor.dtype).view(shape)
-        ALONE.load({name: weights[name].T if name == "W_enc" else weights[name] for name in parts}, scratch / "parts")
+                whole[name][_latents_axis(name)] *= mesh.latents.size
+        needed, free = 2 * 4 * sum(map(math.prod, whole.values())), shutil.disk_usage(folder).free
+        if needed > free:  # to run out of it in a mapped file would end the process without a word
+            raise ValueError(
+                f"{folder} has {free / 1e9:.1f} GB free, and the result takes {needed / 1e9:.1f}: make room"
+            )
+        weights = {
+            name: torch.from_file(str(scratch / name), shared=True, size=math.prod(shape)).view(shape)
+            for name, shape in whole.items()
+        }
+        ALONE.load(weights, scratch / "parts")
         sae = with_weights(part, weights)
-    yield sae
-    mesh.once(lambda: shutil.rmtree(scratch))
+        save_sae(sae, folder)
+        sae.to("meta")  # what is mapped would outlive its name
+        weights.clear()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    mesh.once(publish)
 
 
 def with_weights(sae: SAE[Any], weights: Mapping[str, Tensor]) -> SAE[Any]:

@@ -22,7 +22,7 @@ from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_topk
 from rsae.harvest import ActivationStore, division, harvest_all
 from rsae.hosts import Host, load_host, named_in_checkpoints
 from rsae.identity import identity as compare_latents
-from rsae.mesh import ALONE, Mesh
+from rsae.mesh import ALONE, Mesh, shard_of
 from rsae.online import OnlineActivations
 from rsae.preflight import preflight
 from rsae.pretrain import Family, pretrain
@@ -431,7 +431,8 @@ def train_arms(
     """
     if mesh.ranks.is_main and not (run / "teacher" / "cfg.json").exists():
         save_sae(teacher, run / "teacher")
-    l0 = mesh.once(lambda: mean_l0(teacher, (x for x, _ in data.validation.iterate(2048))))
+    validation = (x.to(mesh.device) for x, _ in data.validation.iterate(2048))
+    l0 = mean_l0(shard_of(teacher, mesh).to(mesh.device), validation, mesh)
     settings = replace(config.finetune, target_l0=config.finetune.target_l0 or l0)
     init = teacher
 
