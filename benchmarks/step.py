@@ -109,7 +109,7 @@ def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
 
 def naive(data: Activations, x: torch.Tensor) -> Callable[[], object]:
     """The same loss as it is written down: every latent of every token, by torch's autograd, its products in bfloat16."""
-    sae = _start(data, x).requires_grad_(True)
+    sae = _start(data, x).to(x.device).requires_grad_(True)
     assert isinstance(sae, RationalSAE)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rsae.sparse import Entries, decode, encode, pre_activations
+from rsae.sparse import Entries, at_latents, decode, encode, pre_activations
 
 # (batch, d_in, d_sae): multiples of nothing, single rows and single latents among them
 SHAPES = [(37, 13, 101), (1, 7, 29), (19, 5, 1), (3, 1, 17), (1, 1, 1), (64, 32, 128)]
@@ -106,6 +106,20 @@ def test_pre_activations_are_the_dense_ones_in_bfloat16() -> None:
     # both factors and the result are rounded by at most 2^-8 of themselves
     bound = 2.0**-6 * (t["x"].double().abs() @ t["W_enc"].double().abs().T + t["b_enc"].double().abs())
     assert bool(((h.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_values_of_latents(shape: tuple[int, int, int], kind: str) -> None:
+    batch, _, d_sae = shape
+    entries = Entries.of(masks(batch, d_sae)[kind])
+    (values,) = leaves(torch.linspace(-1, 1, d_sae))
+    found = at_latents(values, entries)
+    assert torch.equal(found, values[entries.latents])
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (expected,) = torch.autograd.grad(values[entries.latents], values, grad)
+    close(torch.autograd.grad(found, values, grad)[0], expected)
+    # What a GPU does instead, so that the order of the sum is always the same
+    close(entries.sum_by_latent(grad, torch.ones(batch, 1)).squeeze(1), expected)
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES)

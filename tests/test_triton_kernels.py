@@ -62,16 +62,36 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, name: str =
 # -- Which kernels -----------------------------------------------------------------------------------------------------
 
 
-def test_the_device_chooses_the_kernels() -> None:
+def test_the_device_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         there = torch.empty(4, 3, device="cuda")
     here = torch.empty(4, 3)
+    monkeypatch.setattr(triton_kernels, "start", lambda: None)
+    kernels.gpu_library.cache_clear()
     assert kernels.usable(there) is triton_kernels
     assert kernels.usable(there, there.bfloat16()) is triton_kernels
     assert kernels.usable(there.double()) is None
     assert kernels.usable(there.T) is None
     assert kernels.usable(there, here) is None
     assert kernels.usable(here) is kernels.library()
+    kernels.gpu_library.cache_clear()
+
+
+def test_where_triton_does_not_start_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton_kernels, "start", start)
+    kernels.gpu_library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="rsae"):
+            assert kernels.gpu_library() is None
+        (record,) = caplog.records
+        assert "do not start: Failed to find C compiler" in record.getMessage()
+    finally:
+        kernels.gpu_library.cache_clear()
 
 
 def test_without_triton_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ Activations = Iterable[Float[Tensor, "batch d_in"]]
 def pre_acts(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
     """Pre-activations W_enc^T (x - b_dec) + b_enc of any SAELens SAE, in its own conventions; of a gated one, its gating path's."""
     bias = sae.get_parameter("b_gate" if sae.cfg.architecture() == "gated" else "b_enc")
-    return sae.process_sae_in(x) @ sae.W_enc + bias
+    return sae.process_sae_in(x.to(sae.W_enc.device)) @ sae.W_enc + bias
 
 
 @torch.no_grad()
@@ -47,9 +47,9 @@ def _is_active(sae: SAE[Any], x: Float[Tensor, "batch d_in"], mesh: Mesh) -> Boo
         h = pre_acts(sae, x)
         return mesh.is_among_largest(h, sae.cfg.k) & (h > 0)
     if mesh.latents.size > 1 and isinstance(sae, RationalSAE) and sae.gate.support == "hard":
-        h = sae.pre_acts(x)
+        h = pre_acts(sae, x)
         return h > sae.gate.sample_threshold(h, mesh.largest)
-    return sae.encode(x) != 0
+    return sae.encode(x.to(sae.W_enc.device)) != 0
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def _as_it_selects(sae: SAE[Any]) -> SAE[Any]:
 @torch.no_grad()
 def counting_threshold(sae: SAE[Any], activations: Activations, l0: float) -> float:
     """The eps at which, on average, `l0` latents of a token have |z| > eps: what sparsity means for a dense gate."""
-    return _edge((sae.encode(x).abs() for x in activations), l0)
+    return _edge((sae.encode(x.to(sae.W_enc.device)).abs() for x in activations), l0)
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
     gate = sae.gate
     if gate.support == "hard":
         if gate.C_in.ndim == 0:
-            found = [h[gate(h) != 0][:1_000_000] for h in map(sae.pre_acts, activations)]
+            found = [h[gate(h) != 0][:1_000_000] for h in (pre_acts(sae, x) for x in activations)]
             _require(len(found))
             active = torch.cat(found)
             if len(active) == 0:
@@ -156,7 +156,7 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
     activations = list(activations)
     is_jump = _is_jump(sae)
     if not is_jump:
-        largest = max((float(sae.pre_acts(x).max()) for x in activations), default=1.0)
+        largest = max((float(pre_acts(sae, x).max()) for x in activations), default=1.0)
         gate.C_in.fill_(largest)
         gate.C_out.fill_(largest)
     centres, weights = _histogram(sae, activations)
@@ -181,7 +181,7 @@ def _teacher_latents(sae: RationalSAE, h: Tensor) -> Tensor:
     """What a fresh dense gate approximates: h above its edge, which is 0 or the design threshold of its scales; else 0."""
     if not _is_jump(sae):
         return h.relu()
-    tau = sample_scale(h, sae.gate.k) if sae.gate.k is not None else torch.ones(())
+    tau = sample_scale(h, sae.gate.k) if sae.gate.k is not None else torch.ones((), device=h.device)
     return torch.where(h > THETA * sae.gate.C_in * tau, h, 0.0)
 
 
@@ -189,7 +189,8 @@ def _squared_error(
     sae: RationalSAE, activations: Activations, latents: Callable[[RationalSAE, Tensor], Tensor]
 ) -> float:
     """Sum of ||x - x_hat||^2 with latents(sae, h) as what is decoded."""
-    return sum(float((sae.decode(latents(sae, sae.pre_acts(x))) - x).double().square().sum()) for x in activations)
+    batches = (x.to(sae.W_enc.device) for x in activations)
+    return sum(float((sae.decode(latents(sae, pre_acts(sae, x))) - x).double().square().sum()) for x in batches)
 
 
 def _equalise(sae: RationalSAE, activations: Activations, error: float, *, stretch: bool, most: float = 1.02) -> None:
@@ -222,8 +223,8 @@ def _histogram(sae: RationalSAE, activations: Activations) -> tuple[np.ndarray, 
     sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64, device=sae.W_enc.device)
     norms = sae.W_dec.norm(dim=1)
     for x in activations:
-        h = sae.pre_acts(x)
-        tau = sample_scale(h, gate.k) if gate.k is not None else torch.ones(())
+        h = pre_acts(sae, x)
+        tau = sample_scale(h, gate.k) if gate.k is not None else torch.ones((), device=h.device)
         t = h / (gate.C_in * tau)
         weight = ((gate.C_out * tau * norms) ** 2).expand_as(t).double().flatten()
         index = torch.bucketize(t.flatten(), edges.to(t.device))
@@ -291,9 +292,10 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
             continue
         threshold = 0.0 if gate.threshold is None else gate.threshold.median()
         edge = unit if gate.alpha == 1 else threshold  # with alpha = 1 the sample's own k-th largest decides
-        values = gate.amplitude(grid * unit, gate.C_in.median(), gate.C_out.median()) / unit
-        curves[name] = torch.where(grid * unit > edge, values, 0.0) if gate.support == "hard" else values
-    counts, edges = np.histogram((h / unit).clamp(-2, 8).numpy(), bins=200, range=(-2.0, 8.0))
+        at = (grid * unit).to(gate.C_in.device)
+        values = gate.amplitude(at, gate.C_in.median(), gate.C_out.median()) / unit
+        curves[name] = torch.where(at > edge, values, 0.0) if gate.support == "hard" else values
+    counts, edges = np.histogram((h / unit).clamp(-2, 8).cpu().numpy(), bins=200, range=(-2.0, 8.0))
     upgraded = arms.get("rsae")
     formula: dict[str, Any] = {}
     if isinstance(upgraded, RationalSAE):

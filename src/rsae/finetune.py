@@ -355,8 +355,7 @@ class GatedTrainee(ReLUTrainee):
         self.b_mag = nn.Parameter(sae.get_parameter("b_mag").detach().float() / self.unit)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
-        j = entries.latents
-        r_mag, b_gate, b_mag = (p.index_select(0, j) for p in (self.r_mag, self.b_enc, self.b_mag))
+        r_mag, b_gate, b_mag = (sparse.at_latents(p, entries) for p in (self.r_mag, self.b_enc, self.b_mag))
         return (r_mag.exp() * (h - b_gate) + b_mag).relu()
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
@@ -458,11 +457,10 @@ class ThresholdTrainee(SparseTrainee):
         return entries
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
-        # index_select: its backward is a hundred times as fast as that of indexing
-        threshold = self.log_threshold.exp().index_select(0, entries.latents)
+        threshold = sparse.at_latents(self.log_threshold.exp(), entries)
         if self.follow is not None:
             threshold = threshold * self.follow.squeeze(1).index_select(0, entries.rows)
-        amplitude = h if self.amplitude is None else self.amplitude(h, entries.latents)
+        amplitude = h if self.amplitude is None else self.amplitude(h, entries)
         curvature = (self.norms.squeeze(1) ** 2 / entries.shape[0]).index_select(0, entries.latents)
         if self.row_scale is not None:
             curvature = curvature * self.row_scale.squeeze(1)[entries.rows] ** 2
@@ -546,12 +544,12 @@ class TrainableGate(nn.Module):
         """What can train."""
         return {"scales": [self.log_C_in, self.log_C_out], "shape": [self.gate.num_relative, self.gate.den_relative]}
 
-    def forward(self, h: Float[Tensor, "*batch"], latents: Tensor | None = None) -> Float[Tensor, "*batch"]:
-        """Amplitude of a (batch, d_sae) matrix, or of entries with the indices of their latents."""
+    def forward(self, h: Float[Tensor, "*batch"], entries: sparse.Entries | None = None) -> Float[Tensor, "*batch"]:
+        """Amplitude of a (batch, d_sae) matrix, or of the entries of one."""
         C_in, C_out = self.log_C_in.exp(), self.log_C_out.exp()
-        if latents is not None and C_in.ndim:
-            C_in, C_out = C_in.index_select(0, latents), C_out.index_select(0, latents)
-        elif latents is None and self.gate.k is not None:
+        if entries is not None and C_in.ndim:
+            C_in, C_out = sparse.at_latents(C_in, entries), sparse.at_latents(C_out, entries)
+        elif entries is None and self.gate.k is not None:
             tau = sample_scale(self.mesh.largest(h.float(), self.gate.k + 1), self.gate.k)
             C_in, C_out = C_in * tau, C_out * tau
         return self.gate.amplitude(h, C_in, C_out)
@@ -731,7 +729,7 @@ def finetune(
     like, d_sae = sae.W_enc, sae.cfg.d_sae
     # In float32 all along: the factor that matches L0 is less than bfloat16 can tell apart
     part = shard_of(sae, mesh).to(mesh.device, torch.float32)
-    target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, _activations(held_out, mesh), mesh))
+    target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, _activations(held_out), mesh))
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     part = _ready_to_train(part, sample, config, target, mesh)
     trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh).to(mesh.device)
@@ -741,7 +739,7 @@ def finetune(
     part = trainee.export(part).to(mesh.device)
     del trainee
     if config.objective == "matched-l0" and "thresholds" not in config.frozen:
-        part = match_l0(part, _activations(held_out, mesh), target, mesh)
+        part = match_l0(part, _activations(held_out), target, mesh)
     check_weights(part, name, mesh)
     if folder is not None:
         folder.finish(part)
@@ -826,9 +824,8 @@ def _train(
             progress(name, done, config.steps)
 
 
-def _activations(store: Store, mesh: Mesh, batch_size: int = 2048) -> Iterator[Tensor]:
-    for x, _ in store.iterate(batch_size):
-        yield x.to(mesh.device)
+def _activations(store: Store, batch_size: int = 2048) -> Iterator[Tensor]:
+    return (x for x, _ in store.iterate(batch_size))
 
 
 def _unit(sample: list[Tensor], mean: Tensor) -> float:
@@ -846,7 +843,6 @@ def _ready_to_train(sae: SAE[Any], sample: list[Tensor], config: FinetuneConfig,
     sae = copied(sae)
     gate = sae.gate
     assert gate.threshold is not None
-    sample = [x.to(mesh.device) for x in sample]
     thresholds = mesh.whole(gate.threshold)
     if gate.alpha == 1:
         gate.threshold.data.mul_(calibrate_threshold(sae, sample, l0, mesh) / thresholds.median())

@@ -128,11 +128,15 @@ def library() -> Kernels | None:
 
 @cache
 def gpu_library() -> Kernels | None:
-    """Triton's kernels; None, and one line in the log, without Triton."""
+    """Triton's kernels; None, and one line in the log, without Triton or what it takes to start one."""
     try:
         from rsae import triton_kernels
     except ImportError as error:
         return _without(f"no Triton: {error}")
+    try:
+        triton_kernels.start()
+    except Exception as error:  # whatever a driver or a compiler that is not there makes of it
+        return _without(f"Triton's kernels do not start: {error}")
     return triton_kernels
 
 

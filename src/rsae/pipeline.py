@@ -390,7 +390,8 @@ def demo(
                 family, data.train, teacher, d_sae=DEMO_EXPANSION * data.train.d_in, held_out=data.validation,
                 metadata=named_in_checkpoints(host, data.hook), out=run / "teacher", progress=progress,
             )  # fmt: skip
-        runs[family] = train_arms(run, sae, data, config, ledgers[family], progress)
+        arms = train_arms(run, sae, data, config, ledgers[family], progress)
+        runs[family] = {arm: trained.to(model.device) for arm, trained in arms.items()}
     with ledger.clock("evaluate"):
         results = evaluate_runs(
             runs, model, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=config.ce_tokens,
@@ -431,7 +432,7 @@ def train_arms(
     """
     if mesh.ranks.is_main and not (run / "teacher" / "cfg.json").exists():
         save_sae(teacher, run / "teacher")
-    validation = (x.to(mesh.device) for x, _ in data.validation.iterate(2048))
+    validation = (x for x, _ in data.validation.iterate(2048))
     l0 = mean_l0(shard_of(teacher, mesh).to(mesh.device), validation, mesh)
     settings = replace(config.finetune, target_l0=config.finetune.target_l0 or l0)
     init = teacher
@@ -441,7 +442,8 @@ def train_arms(
         if not isinstance(teacher, RationalSAE):
             sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
             support: Support = "dense" if config.recipe == "paper" else "hard"
-            init = calibrate(RationalSAE.from_teacher(teacher, config.degree, support=support), sample)
+            init = RationalSAE.from_teacher(teacher, config.degree, support=support).to(mesh.device)
+            init = calibrate(init, sample)
         save_sae(init, run / "init")
 
     with ledger.clock("init"):
@@ -523,14 +525,14 @@ def evaluate_folder(
     )
     config = {"host": host, "hook": hook, "text": text, "tokens": tokens}
     compared = None
+    arms = {arm: sae.to(model.device) for arm, sae in arms.items()}
     if teacher is not None:
         others = {arm: sae for arm, sae in arms.items() if arm != "teacher"}
         about = {**config, "teacher": str(identity_of), "fingerprint": teacher.fingerprint}
         compared = {"schema": 1, "config": about, "provenance": provenance(), "sources": list(contexts.sources)}
         compared |= compare_latents(
-            teacher.sae, others, model, hook, contexts, store_stats=store.sink_rule, progress=progress
+            teacher.sae.to(model.device), others, model, hook, contexts, store_stats=store.sink_rule, progress=progress
         )  # fmt: skip
-    arms = {arm: sae.to(model.device) for arm, sae in arms.items()}
     measured = {**arms, "rsae_dense": arms["rsae"]} if "rsae" in eps else arms
     metrics = evaluate(
         measured, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, eps=eps,

@@ -91,6 +91,8 @@ def preflight(
         ValueError: d_in and d_model differ, no such hook, text shorter than a context.
     """
     sae = teacher.sae
+    if sae.W_dec.device != host.device:
+        sae = copied(sae).to(host.device)
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1; got {tokens}")
     if sae.cfg.reshape_activations != "none":
@@ -173,7 +175,7 @@ def _other_readings(sae: SAE[Any], x: Float[Tensor, "n d_in"], host: Host) -> It
         # Made anew: SAELens reads parts of a configuration only at the start
         other = type(sae)(replace(sae.cfg, **changes))
         other.load_state_dict(sae.state_dict())
-        return other
+        return other.to(sae.W_dec.device)
 
     subtracted = ("subtracted", "not subtracted")
     declared, instead = subtracted if sae.cfg.apply_b_dec_to_input else subtracted[::-1]
@@ -243,6 +245,7 @@ def _measure(sae: Autoencoder, x: Float[Tensor, "n d_in"], keep: int | None = No
     """FVU (None where something is not finite) and mean L0; of the `keep` largest latents, if given."""
     metrics = ReconstructionMetrics(x.shape[1], sae.cfg.d_sae)
     for part in x.split(_ROWS):
+        part = part.to(sae.W_dec.device)
         latents = sae.encode(part)
         if keep is not None:  # by what they contribute
             size = latents.abs() * sae.W_dec.norm(dim=1)

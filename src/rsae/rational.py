@@ -126,7 +126,11 @@ class _Rational(torch.autograd.Function):
 def _kernels(h: Tensor, *others: Tensor) -> kernels.Kernels | None:
     """The kernels, if they take these: scales are for all entries or for each."""
     C_in, C_out = others[-2:]
-    fits = 0 < h.numel() < 2**31 and all(C.ndim == 0 or C.shape == h.shape for C in (C_in, C_out))
+    fits = (
+        h.numel() > 0
+        and (h.is_cuda or h.numel() < 2**31)
+        and all(C.ndim == 0 or C.shape == h.shape for C in (C_in, C_out))
+    )
     return kernels.usable(h, *others) if fits else None
 
 
