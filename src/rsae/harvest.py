@@ -126,7 +126,12 @@ class ActivationStore:
                 f"batch_size must be at least 1 and the store not empty: {batch_size}, {self.n_tokens} tokens"
             )
         share = share_of(batch_size, rank, world)
-        batch, filled, closed = torch.empty(share, self.d_in, dtype=torch.float32), 0, Event()
+
+        def empty() -> Tensor:
+            # Pinned, a batch goes to a GPU while that is at work
+            return torch.empty(share, self.d_in, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+
+        batch, filled, closed = empty(), 0, Event()
         groups = self._drawn(batch_size, seed, start, rank, share, buffer_tokens, closed)
         try:
             for rows in ahead(groups):
@@ -136,7 +141,7 @@ class ActivationStore:
                     filled += len(take)
                     if filled == share:
                         yield batch
-                        batch, filled = torch.empty(share, self.d_in, dtype=torch.float32), 0
+                        batch, filled = empty(), 0
         finally:
             closed.set()
 
