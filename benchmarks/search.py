@@ -121,6 +121,8 @@ class Variation:
     is_signed: bool = False
     auxiliary: float | None = None
     """Weight of a TopK's auxiliary loss."""
+    share: float = 1.0
+    """Of the L0 that it is trained at; its thresholds come down to the whole of it at the end."""
 
     def begin(self, kind: str, teacher: SAE[Any], data: Data, seed: int) -> SAE[Any]:
         """What it starts from, where its arm starts from `kind` (`benchmarks.evidence.start`)."""
@@ -155,6 +157,10 @@ THRESHOLDS = {
     "control, bandwidth 0.8": Variation({"surrogate": Surrogate(bandwidth=0.8)}),
     "control, bandwidth 1.2": Variation({"surrogate": Surrogate(bandwidth=1.2)}),
     "control, gate rate 3e-4": Variation({"gate_lr": 3e-4}),
+    **{
+        f"control, lr 2e-3, trained at {share:g} of the L0": Variation({"lr": 2e-3}, share=share)
+        for share in (0.9, 0.8)
+    },
 }
 """What a JumpReLU control can vary besides: the window of its rectangle, the rate of its thresholds."""
 EDGE = {
@@ -183,6 +189,7 @@ RSAE = RATES | {
     "alpha 0": Variation({"alpha": 0.0}),
     "gate rate 2e-3": Variation({"gate_lr": 2e-3}),
 }
+OPENED = {f"trained at {share:g} of the L0": Variation(share=share) for share in (0.95, 0.9, 0.8)}
 AT_TWICE_THE_RATE = {
     "gate rate 5e-4": Variation({"gate_lr": 5e-4}),
     "strength 0.3": Variation({"surrogate": Surrogate(strength=0.3)}),
@@ -194,6 +201,7 @@ AT_TWICE_THE_RATE = {
     "scales frozen": Variation({"frozen": ("scales",)}),
     **EDGE, **SHAPE,
     "one scale for all latents": Variation(scales="one"),
+    **OPENED,
 }  # fmt: skip
 """From a JumpReLU, whose control is best with it."""
 PAPER = {f"paper, l1 price {price:g}, hardened": Variation({"penalty": price}) for price in (0.1, 0.3, 1.0, 3.0)}
@@ -213,7 +221,7 @@ VARIATIONS: dict[Cell, dict[str, Variation]] = {
     Cell(SMOLLM2, 15, "relu", 32, 0): CONTROL | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
     Cell(SMOLLM2, 15, "topk", 32, 0): CONTROL
     | WITHOUT
-    | _rsae(RSAE | EDGE | SHAPE)
+    | _rsae(RSAE | EDGE | SHAPE | OPENED)
     | {"rsae, a scale for each latent": Variation(scales="each")}
     | PAPER,
     Cell(SMOLLM2, 15, "jumprelu", 32, 0): CONTROL | THRESHOLDS | _rsae(RATES | JUMPRELU),
@@ -235,7 +243,7 @@ def train(cell: Cell, name: str, teacher: SAE[Any], data: Data, l0: float, progr
     """One variation, at the teacher's L0 on validation text."""
     arm: Arm = ARMS[name.split(",")[0]]
     variation = VARIATIONS[cell][name]
-    how = replace(FINETUNE, lr=LR, target_l0=l0, seed=cell.seed, **arm.change)
+    how = replace(FINETUNE, lr=LR, target_l0=variation.share * l0, seed=cell.seed, **arm.change)
     folder = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
     out = RUNS.parent / "search" / cell.name / folder
     how = replace(how, **variation.change)
@@ -247,7 +255,7 @@ def train(cell: Cell, name: str, teacher: SAE[Any], data: Data, l0: float, progr
     if variation.is_signed:
         assert isinstance(sae, RationalSAE)
         sae = two_sided(sae)
-    if variation.is_signed or how.objective == "l0":  # else it is matched
+    if variation.is_signed or how.objective == "l0" or variation.share < 1:  # else it is matched
         sae = match_l0(sae, (x for x, _ in data.validation.iterate(BATCH)), l0)
     return sae
 
