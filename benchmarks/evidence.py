@@ -70,7 +70,8 @@ DATA = UpgradeConfig(
     train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768,
     finetune=FinetuneConfig(lr=4e-4),
 )  # fmt: skip
-"""220,000 tokens of text leave more than 200,000 that are measured. How it would fine-tune is not used: FINETUNE is."""
+"""220,000 tokens of text leave more than 200,000 that are measured. How it would fine-tune is not used (FINETUNE is), and stays
+as it was: measured cells are known by it."""
 IDENTITY = 160
 """Contexts that latents are compared on, index by index, in cells with all arms: about 40,000 tokens."""
 L0_TOLERANCE = 0.01

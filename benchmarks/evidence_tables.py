@@ -64,8 +64,8 @@ DIFFERS = _prose("""
 """)
 NOT_HERE = _prose("""
     **What is not here.** Gated and BatchTopK teachers. Parts apart, identity and probing beyond the middle layers with seed 0.
-    More than one seed at other sparsities and layers. The model's loss is measured on a part of the tokens, since on two
-    processors its vocabulary costs more than all else.
+    More than one seed at other sparsities and layers. The model's loss is measured on a part of the tokens, for what it
+    costs on two processors.
 """)
 Cell = dict[str, Any]
 

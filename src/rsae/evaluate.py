@@ -14,7 +14,7 @@ from torch import Tensor
 from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, provenance, write_json
 from rsae.harvest import SinkRule
-from rsae.metrics import ArmSums, LossMetrics, ReconstructionMetrics, paired_difference, verdict
+from rsae.metrics import ArmSums, LossMetrics, NotFinite, ReconstructionMetrics, paired_difference, verdict
 from rsae.text import Contexts
 
 COMPARISON_RULE = (
@@ -326,7 +326,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise type(error)(f"arm {name!r}: {error}") from None
+        raise (NotFinite if isinstance(error, NotFinite) else ValueError)(f"arm {name!r}: {error}") from None
 
 
 def _comparisons(
