@@ -66,12 +66,8 @@ TEACHER = FinetuneConfig(
 FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
 RATES: dict[tuple[str, Family], float] = {("package:smollm2-135m", "jumprelu"): 2e-3}
 """Learning rate of all fine-tuned arms, where the control is better with it than with FINETUNE's (results/SEARCH.md)."""
-DATA = UpgradeConfig(
-    train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768,
-    finetune=FinetuneConfig(lr=4e-4),
-)  # fmt: skip
-"""220,000 tokens of text leave more than 200,000 that are measured. How it would fine-tune is not used (FINETUNE is), and stays
-as it was: measured cells are known by it."""
+DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
+"""220,000 tokens of text leave more than 200,000 that are measured. How it would fine-tune is not used: FINETUNE is."""
 IDENTITY = 160
 """Contexts that latents are compared on, index by index, in cells with all arms: about 40,000 tokens."""
 L0_TOLERANCE = 0.01
@@ -251,8 +247,10 @@ def _thresholds(teacher: SAE[Any]) -> int:
 
 def settings(cell: Cell) -> dict[str, Any]:
     """What a cell's numbers depend on besides its name."""
+    data = asdict(DATA)
+    del data["finetune"]
     return {
-        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(fine_tuning(cell)), "data": asdict(DATA),
+        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(fine_tuning(cell)), "data": data,
         "arms": {name: [arm.start, arm.change | _plain(arm.change)] for name, arm in ARMS.items()},
     }  # fmt: skip
 
@@ -278,13 +276,13 @@ def about(cell: Cell, data: Data) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def gather(cell: Cell, progress: Progress | None) -> Data:
-    """The host of a cell, and the activations that all cells of its hook share."""
-    folder = RUNS / "acts" / short(cell.host) / cell.hook
+def gather(cell: Cell, progress: Progress | None, hooks: Iterable[str] = ()) -> Data:
+    """The host of a cell, and the activations that all cells of its hook share; those of other hooks are read in the same pass."""
+    folders = {hook: RUNS / "acts" / short(cell.host) / hook for hook in dict.fromkeys([cell.hook, *hooks])}
     host = load_host(cell.host)
     host.activations = remembered(host.activations)
     host.token_losses = with_ablations_remembered(host.token_losses)
-    return Data.gather(host, cell.hook, TEXT, folder, DATA, progress)
+    return Data.gather_all(host, folders, TEXT, DATA, progress)[cell.hook]
 
 
 def remembered(run: Callable[[Tensor, str], Tensor]) -> Callable[[Tensor, str], Tensor]:
@@ -331,6 +329,16 @@ def probed(cell: Cell, progress: Progress | None) -> dict[str, Any]:
     return probe(RUNS / cell.name, names=QUICK, progress=progress)
 
 
+def is_measured(cell: Cell, arms: Sequence[str], done: dict[str, Any] | None) -> bool:
+    """Whether what is known of a cell has these arms, with the settings and by the loop of now."""
+    return bool(
+        done
+        and done["settings"] == config_hash(settings(cell))
+        and done.get("loop", FIRST_LOOP) == loop_of(cell)
+        and (done["failed"] or set(arms) <= set(done["arms"]))
+    )
+
+
 def save(evidence: dict[str, Any], cells: Iterable[dict[str, Any]]) -> None:
     """Put the cells into the evidence, in the order of the grid, and write it."""
     order = {cell.name: i for i, cell in enumerate(grid())}
@@ -356,6 +364,10 @@ def main() -> None:
     evidence["grid"], evidence["comparison_rule"] = len(grid()), COMPARISON_RULE
     known = {cell["name"]: cell for cell in evidence["cells"]}
     chosen = [] if arguments.tables else [cell for cell in grid() if arguments.only in cell.name]
+
+    def arms_of(cell: Cell) -> Sequence[str]:
+        return MAIN if arguments.main or arguments.probe else cell.arms
+
     deadline = time.monotonic() + 60 * arguments.minutes
     held: tuple[tuple[str, str], Data] | None = None
     with progress_shown() as progress:
@@ -363,31 +375,29 @@ def main() -> None:
             evidence["shared_documents"] = shared_documents(TEXT)
         for cell in chosen:
             done = known.get(cell.name)
-            arms = MAIN if arguments.main or arguments.probe else cell.arms
-            is_done = bool(
-                done
-                and done["settings"] == config_hash(settings(cell))
-                and done.get("loop", FIRST_LOOP) == loop_of(cell)
-                and (done["failed"] or set(arms) <= set(done["arms"]))
-            )
             if time.monotonic() > deadline:
                 break
             if arguments.probe:
                 weights = RUNS / cell.name / "teacher" / "sae_weights.safetensors"
-                if not done or not is_done or done["failed"] or not weights.exists():
+                if not done or not is_measured(cell, MAIN, done) or done["failed"] or not weights.exists():
                     continue
                 if sha256_file(weights) != done["teacher"]:
                     raise ValueError(
                         f"{cell.name}: the models in {RUNS} are not those that were measured: measure them first"
                     )
                 found = {**done, "probing": probed(cell, progress)}
-            elif is_done:
+            elif is_measured(cell, arms_of(cell), done):
                 continue
             else:
                 if held is None or held[0] != (cell.host, cell.hook):
                     held = None  # one host at a time
-                    held = (cell.host, cell.hook), gather(cell, progress)
-                found = attempt(cell, arms, held[1], progress)
+                    hooks = {
+                        other.hook
+                        for other in chosen
+                        if other.host == cell.host and not is_measured(other, arms_of(other), known.get(other.name))
+                    }
+                    held = (cell.host, cell.hook), gather(cell, progress, hooks)
+                found = attempt(cell, arms_of(cell), held[1], progress)
             kept = (
                 {"probing": done["probing"]}
                 if done and "probing" in done and done["teacher"] == found.get("teacher")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.search [--only TEXT]
 
-fine-tunes teachers of the evidence (middle layers, L0 32, seed 0) once for each variation of the settings, of the gate or of its
+fine-tunes teachers of the evidence (middle layers, seed 0) once for each variation of the settings, of the gate or of its
 edge, each on the same batches for the same steps, and writes results/search.json after each teacher, SEARCH.md at the end. What is
 finished is not run again. The evidence's cells have to be there.
 
@@ -196,8 +196,8 @@ AT_TWICE_THE_RATE = {
     "strength 0.4": Variation({"surrogate": Surrogate(strength=0.4)}),
     "bandwidth 0.3": Variation({"surrogate": Surrogate(bandwidth=0.3)}),
     "alpha 0": Variation({"alpha": 0.0}),
-    "crowding 5": Variation({"surrogate": Surrogate(crowding=5.0)}),
-    "crowding 2": Variation({"surrogate": Surrogate(crowding=2.0)}),
+    "crowding 160": Variation({"surrogate": Surrogate(crowding=160.0)}),
+    "crowding 64": Variation({"surrogate": Surrogate(crowding=64.0)}),
     "scales frozen": Variation({"frozen": ("scales",)}),
     **EDGE, **SHAPE,
     "one scale for all latents": Variation(scales="one"),
@@ -225,6 +225,10 @@ VARIATIONS: dict[Cell, dict[str, Variation]] = {
     | {"rsae, a scale for each latent": Variation(scales="each")}
     | PAPER,
     Cell(SMOLLM2, 15, "jumprelu", 32, 0): CONTROL | THRESHOLDS | _rsae(RATES | JUMPRELU),
+    Cell(SMOLLM2, 15, "jumprelu", 64, 0): {
+        name: (CONTROL | _rsae(RATES | JUMPRELU))[name]
+        for name in ("control", "control, lr 2e-3", "rsae, lr 2e-3", "rsae, lr 2e-3, crowding 160")
+    },
     Cell(GEMMA, 9, "topk", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
     | WITHOUT
     | _rsae({"": Variation()}),
@@ -291,7 +295,7 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# The search: settings of control and RSAE", "",
         f"`python -m benchmarks.search`, {ran_on(rows)}. Made by the command from `search.json`.", "",
-        f"Middle layers, L0 32, seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of EVIDENCE.md, at a rate of {LR:g}. "
+        f"Middle layers, seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of EVIDENCE.md, at a rate of {LR:g}. "
         f"Each row says how it differs from its arm's default. Measured on {TOKENS:,} tokens of validation documents, on which "
         "L0 is matched too; they are neither trained on nor evaluated in EVIDENCE.md, though of the sources evaluated there. "
         "Differences are from the control as it is, with the 95% interval of a bootstrap paired by document. One teacher and one "

@@ -78,7 +78,7 @@ def _start(data: Activations, x: torch.Tensor) -> SAE[Any]:
 
 def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[SparseTrainee, Callable[[], object]]:
     """The step of `rsae.finetune` for an RSAE with hard support."""
-    trainee = trainee_for(_start(data, x), 1.0, FinetuneConfig()).to(device)
+    trainee = trainee_for(_start(data, x), 1.0, FinetuneConfig(target_l0=data.l0)).to(device)
     x = x.to(device)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
 

@@ -282,23 +282,23 @@ class TestSurrogate:
         assert bool((h.grad[~window] == 0).all())
 
     def test_crowding_raises_the_price_of_latents_that_are_active_often(self):
-        """Entries with the same gain, of latents of two rates: the price differs by price * crowding * the difference in rate."""
+        """Entries with the same gain, of latents of two shares: the price differs by price * crowding * the difference in share."""
         theta, width = torch.full((8,), 0.5, dtype=DOUBLE), 0.25
-        rate = torch.tensor([0.3, 0.01] * 4, dtype=DOUBLE)
+        share = torch.tensor([0.3, 0.01] * 4, dtype=DOUBLE)
         h = torch.linspace(0.4, 0.6, 8, dtype=DOUBLE)
         edges = {}
         for crowding, price in ((0.0, None), (20.0, None), (20.0, 0.7)):
             h_ = h.clone().requires_grad_()
             surrogate = Surrogate("rectangle", 0.5, 1.0, price, crowding)
-            z = hard_edge(torch.ones_like(h), h_, theta, h > theta, surrogate, rate=rate)
+            z = hard_edge(torch.ones_like(h), h_, theta, h > theta, surrogate, share=share)
             (-2.0 * z).sum().backward()  # a gain of 2 for every latent that is on
             edges[crowding, price] = h_.grad * width
         assert edges[0.0, None].abs().max() < 1e-12  # all alike, and nothing to exchange
-        mean_weight = (1 + 20 * rate).mean()
+        mean_weight = (1 + 20 * share).mean()
         for (crowding, price), edge in edges.items():
             if crowding:
                 paid = 2 / mean_weight if price is None else price
-                torch.testing.assert_close(edge, -2 + paid * (1 + crowding * rate))
+                torch.testing.assert_close(edge, -2 + paid * (1 + crowding * share))
         assert abs(edges[20.0, None].sum().item()) < 1e-12
 
     def test_needs_curvature(self):

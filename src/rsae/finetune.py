@@ -442,6 +442,7 @@ class ThresholdTrainee(SparseTrainee):
         if config.objective == "l0":
             self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
+        self.l0_asked = max(1, round(config.target_l0 or 1))  # as the gate's k
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         self.amplitude = TrainableGate(gate, self.unit, mesh) if gate is not None else None
 
@@ -469,9 +470,10 @@ class ThresholdTrainee(SparseTrainee):
             surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
         on = h > threshold.detach()
         active, self.silent = self.see_active(on, entries, self.silent)
-        rate = active / (entries.shape[0] * self.mesh.data.size)
-        rate = rate.index_select(0, entries.latents) if surrogate.crowding else None
-        return hard_edge(amplitude, h, threshold, on, surrogate, curvature, rate, self.mesh.total)
+        share = None
+        if surrogate.crowding:
+            share = (active / (entries.shape[0] * self.mesh.data.size) / self.l0_asked).index_select(0, entries.latents)
+        return hard_edge(amplitude, h, threshold, on, surrogate, curvature, share, self.mesh.total)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -732,6 +734,7 @@ def finetune(
     target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, _activations(held_out), mesh))
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     part = _ready_to_train(part, sample, config, target, mesh)
+    config = replace(config, target_l0=target)
     trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh).to(mesh.device)
     del sample
     part.cpu()  # the trainee has weights of its own

@@ -212,8 +212,9 @@ class Surrogate:
     price: float | None = None
     """What an active latent costs, in units of the loss. None: the price at which the batch's signals sum to zero, so that
     the edge exchanges latents but does not change how many there are."""
-    crowding: float = 10.0
-    """How fast a latent's price rises with the share f of the samples on which it is active: price (1 + crowding f)."""
+    crowding: float = 320.0
+    """How fast a latent's price rises with its share s of all that is active: price (1 + crowding s). s is the latent's firing
+    rate over L0, so that the same number is as strong at every L0."""
 
 
 class _HardEdge(torch.autograd.Function):
@@ -228,16 +229,16 @@ class _HardEdge(torch.autograd.Function):
         on: Tensor,
         surrogate: Surrogate,
         curvature: Tensor | None,
-        rate: Tensor | None,
+        share: Tensor | None,
         total: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(amplitude, h, threshold, on, curvature, rate)
+        ctx.save_for_backward(amplitude, h, threshold, on, curvature, share)
         ctx.surrogate, ctx.total = surrogate, total
         return torch.where(on, amplitude, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        amplitude, h, threshold, on, curvature, rate = ctx.saved_tensors
+        amplitude, h, threshold, on, curvature, share = ctx.saved_tensors
         (grad,) = grad_outputs
         surrogate: Surrogate = ctx.surrogate
         width = surrogate.bandwidth * threshold
@@ -246,7 +247,7 @@ class _HardEdge(torch.autograd.Function):
         if surrogate.kind == "jump-corrected":
             assert curvature is not None
             gain = gain + torch.where(on, -1.0, 1.0) * curvature * amplitude**2
-        weight = 1 if rate is None else 1 + surrogate.crowding * rate
+        weight = 1 if share is None else 1 + surrogate.crowding * share
         price = surrogate.price
         if price is None:
             sums = torch.stack([(window * gain).sum(), (window * weight).sum()])
@@ -270,7 +271,7 @@ def hard_edge(
     on: Bool[Tensor, "*batch"],
     surrogate: Surrogate,
     curvature: Float[Tensor, "*#batch"] | None = None,
-    rate: Float[Tensor, "*#batch"] | None = None,
+    share: Float[Tensor, "*#batch"] | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Latents that are `amplitude` where `on` and exactly 0 elsewhere, with a surrogate gradient at the threshold.
@@ -293,7 +294,7 @@ def hard_edge(
 
     "jump-corrected" uses this, with K the rectangle on [-1/2, 1/2]; "rectangle" keeps a g alone, the first-order estimate of
     Rajamanoharan et al. (2024, arXiv:2407.14435). `price` is added to L_on - L_off: the cost of one more active latent. With
-    `crowding` c a latent that is active on the share f of the samples costs price (1 + c f), so that few become dense.
+    `crowding` c a latent that makes up the share s of all active ones costs price (1 + c s), so that few become dense.
 
     Args:
         amplitude: phi(h) of every entry, active or not.
@@ -302,14 +303,14 @@ def hard_edge(
         on: which latents are active. Usually h > threshold, but the caller decides.
         surrogate: kind, bandwidth, strength, price, crowding.
         curvature: ||w_j||^2 / B, for "jump-corrected".
-        rate: share of the samples on which an entry's latent is active, for `crowding`.
+        share: of all that is active, what an entry's latent makes up (its firing rate over L0), for `crowding`.
         total: adds up what other processes have of the batch, where this is a part of it: the price is that of all.
     """
     if surrogate.kind == "jump-corrected" and curvature is None:
         raise ValueError(
             "the jump-corrected surrogate needs curvature = ||W_dec[j]||^2 / batch size; pass it, or use kind='rectangle'"
         )
-    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature, rate, total)  # type: ignore[return-value]
+    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature, share, total)  # type: ignore[return-value]
 
 
 class RationalGate(nn.Module):
@@ -472,8 +473,9 @@ class RationalGate(nn.Module):
         threshold = self.sample_threshold(h)
         on = h > threshold
         if surrogate is not None:
-            rate = on.to(h.dtype).view(-1, h.shape[-1]).mean(0)
-            return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature, rate)
+            active = on.to(h.dtype).view(-1, h.shape[-1]).sum(0)
+            share = active / active.sum().clamp(min=1)
+            return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature, share)
         index = on.nonzero(as_tuple=True)
         values = self.amplitude(h[index], _at(self.C_in, index[-1]), _at(self.C_out, index[-1]))
         return torch.zeros_like(h).index_put(index, values)
