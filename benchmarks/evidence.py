@@ -40,10 +40,11 @@ from rsae.hosts import TokenLosses, load_host
 from rsae.identity import identity
 from rsae.metrics import NotFinite
 from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
-from rsae.pretrain import Family, pretrain
+from rsae.pretrain import pretrain
 from rsae.probing import QUICK, probe
 from rsae.rational import Support, Surrogate
 from rsae.sae import RationalSAE
+from rsae.teachers.checkpoint import Family
 from rsae.text import Contexts, shared_documents
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ TEXT = "package:sae-probes"
 LAYERS = {"package:smollm2-135m": (5, 15, 25), "package:gemma3-270m": (3, 9, 14)}
 """An early, the middle and a late layer of each host."""
 FAMILIES: tuple[Family, ...] = ("relu", "jumprelu", "topk")
+"""Of all layers, sparsities and seeds; a gated teacher has one cell a host."""
 BATCH = 2048
 TEACHER = FinetuneConfig(
     steps=3000, batch_size=BATCH, lr=1e-3, gate_lr=3e-4, warmup=0.1, decay=0.3, penalty=2.5,
@@ -119,7 +121,8 @@ class Cell:
 
     @property
     def has_all_arms(self) -> bool:
-        return self.layer == LAYERS[self.host][1] and (self.l0, self.seed, self.expansion) == (32, 0, 8)
+        is_central = self.layer == LAYERS[self.host][1] and (self.l0, self.seed, self.expansion) == (32, 0, 8)
+        return is_central and self.family in FAMILIES
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -134,6 +137,7 @@ def grid() -> list[Cell]:
     cells += [Cell(host, layer, family, 32, seed) for host, layer in middle for seed in (1, 2) for family in FAMILIES]
     cells += [Cell(host, layer, family, l0, 0) for host, layer in middle for l0 in (16, 64) for family in FAMILIES]
     cells += [Cell(host, layer, family, 32, 0) for host, layer in outer for family in FAMILIES]
+    cells += [Cell(host, layer, "gated", 32, 0) for host, layer in middle]
     return [*cells, Cell("package:gemma3-270m", 9, "topk", 32, 0, expansion=25)]  # 16,000 latents
 
 

@@ -61,16 +61,16 @@ COVERS = _prose("""
     searched").
 """)
 DIFFERS = _prose("""
-    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU control has it
-    too). From a ReLU: no l1 price, which its control keeps. From all three: the jump-corrected gradient, a price on crowds,
-    thresholds that follow the sample a little, and the rational with its scales. Latents that are silent are revived in all
-    arms but a ReLU control: where there are thresholds they come down to them, and a TopK has its auxiliary loss. Where a
-    JumpReLU is taken apart below, the first step from its control is the price on crowds alone.
+    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU or gated control
+    has one of its own). From a ReLU or gated SAE: no l1 price, which its control keeps. From all: the jump-corrected gradient,
+    a price on crowds, thresholds that follow the sample a little, and the rational with its scales. Latents that are silent are
+    revived in all arms but a ReLU or gated control: where there are thresholds they come down to them, and a TopK has its
+    auxiliary loss. Where a JumpReLU is taken apart below, the first step from its control is the price on crowds alone.
 """)
 NOT_HERE = _prose("""
-    **What is not here.** Gated and BatchTopK teachers. Parts apart, identity and probing beyond the middle layers with seed 0.
-    More than one seed at other sparsities and layers. The model's loss is measured on a part of the tokens, for what it
-    costs on two processors.
+    **What is not here.** Teachers trained by BatchTopK, which SAELens runs as the JumpReLUs that they become. Parts apart,
+    identity and probing beyond the middle layers with seed 0. More than one seed at other sparsities and layers. The model's
+    loss is measured on a part of the tokens, for what it costs on two processors.
 """)
 Cell = dict[str, Any]
 

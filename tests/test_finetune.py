@@ -70,7 +70,7 @@ def teachers(data, held_out):
     config = replace(SMALL, steps=150, target_l0=float(L0), penalty=0.05)
     return {
         family: pretrain(family, data, config, d_sae=D_SAE, held_out=held_out)
-        for family in ("relu", "jumprelu", "topk")
+        for family in ("relu", "jumprelu", "topk", "gated")
     }
 
 
@@ -159,12 +159,14 @@ class TestGradients:
         with torch.no_grad():
             sae.gate.num_relative.normal_(std=1e-3, generator=torch.Generator().manual_seed(0))
         surrogate = Surrogate(kind, 0.5, 0.3, None)
-        trainee = trainee_for(sae, 10.0, replace(SMALL, surrogate=surrogate))
+        trainee = trainee_for(sae, 10.0, replace(SMALL, surrogate=surrogate, target_l0=float(L0)))
         reference = copy.deepcopy(sae.gate)
         reference.C_in.data /= 10
         reference.C_out.data /= 10
         reference.threshold.data /= 10
         curvature = trainee.norms.squeeze(1) ** 2 / 64
+        # The loop takes a latent's share of the L0 that was asked for, the module alone of that of its batch
+        surrogate = replace(surrogate, crowding=surrogate.crowding * mean_l0(sae, [data.x[:64]]) / L0)
         self.compare(trainee, data.x[:64] / 10, lambda h: reference(h, surrogate=surrogate, curvature=curvature))
         for name, theirs in (("num_relative", reference.num_relative), ("den_relative", reference.den_relative)):
             trainee.zero_grad()
@@ -173,7 +175,7 @@ class TestGradients:
             assert (ours - theirs.grad).norm() / theirs.grad.norm() < 1e-3
 
 
-@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "gated"])
 class TestArms:
     def test_the_control_keeps_its_class_and_its_l0(self, family, teachers, data, held_out):
         teacher = teachers[family]
@@ -505,7 +507,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(teachers, held_out):
 
 
 def test_pretrained_teachers_are_saelens_own_classes(teachers, data, held_out):
-    kinds = {"relu": StandardSAE, "jumprelu": JumpReLUSAE, "topk": TopKSAE}
+    kinds = {"relu": StandardSAE, "jumprelu": JumpReLUSAE, "topk": TopKSAE, "gated": GatedSAE}
     for family, sae in teachers.items():
         assert type(sae) is kinds[family]
         assert fvu(sae, data) < 0.8 * fvu(initial_sae(family, data, d_sae=D_SAE, l0=L0, seed=0), data)
@@ -515,7 +517,7 @@ def test_pretrained_teachers_are_saelens_own_classes(teachers, data, held_out):
 def test_pretrain_refuses():
     with pytest.raises(ValueError, match="target_l0"):
         pretrain("topk", MemoryStore(10, 0), SMALL, d_sae=4, held_out=MemoryStore(10, 1))
-    with pytest.raises(ValueError, match="'relu', 'jumprelu' or 'topk'"):
+    with pytest.raises(ValueError, match="relu, jumprelu, topk, gated"):
         initial_sae("gelu", MemoryStore(10, 0), d_sae=4, l0=2, seed=0)  # type: ignore[arg-type]
 
 

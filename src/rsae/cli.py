@@ -272,7 +272,7 @@ def harvest(
 
 @app.command()
 def pretrain(
-    family: Annotated[Literal["relu", "jumprelu", "topk"], typer.Argument(help="The teacher's gate.")],
+    family: Annotated[Literal["relu", "jumprelu", "topk", "gated"], typer.Argument(help="The teacher's gate.")],
     acts: Annotated[Path, typer.Option(help="Activations to train on (from rsae harvest).")],
     held_out: Annotated[Path, typer.Option(help="Activations to measure L0 on.")],
     out: Out,

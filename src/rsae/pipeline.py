@@ -25,11 +25,12 @@ from rsae.identity import identity as compare_latents
 from rsae.mesh import ALONE, Mesh, shard_of
 from rsae.online import OnlineActivations
 from rsae.preflight import preflight
-from rsae.pretrain import Family, pretrain
+from rsae.pretrain import pretrain
 from rsae.rational import Support
 from rsae.report import write_report
 from rsae.sae import RationalSAE, save_sae
 from rsae.teachers import Teacher, load_teacher
+from rsae.teachers.checkpoint import Family
 from rsae.text import Contexts, Split, evaluation_contexts
 
 if TYPE_CHECKING:

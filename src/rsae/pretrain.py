@@ -1,9 +1,9 @@
-"""Teachers to upgrade where there is none: ReLU, JumpReLU and TopK SAEs trained from scratch by the loop that fine-tunes them."""
+"""Teachers to upgrade where there is none: SAEs of each family, trained from scratch by the loop that fine-tunes them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from rsae.artefacts import Progress
 from rsae.calibrate import calibrate_threshold
 from rsae.finetune import FinetuneConfig, Store, finetune
-from rsae.teachers.checkpoint import build
+from rsae.teachers.checkpoint import Family, build
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-Family = Literal["relu", "jumprelu", "topk"]
 
 
 def pretrain(
@@ -35,7 +33,8 @@ def pretrain(
     Starts from random unit decoder rows, the encoder their transpose, b_dec the mean activation.
 
     Args:
-        family: "relu" (StandardSAE, l1 price), "jumprelu" (JumpReLUSAE, rectangle surrogate) or "topk" (TopKSAE).
+        family: "relu" (StandardSAE, l1 price), "jumprelu" (JumpReLUSAE, rectangle surrogate), "topk" (TopKSAE) or "gated"
+            (GatedSAE, l1 price on its gate).
         config: of the loop; `target_l0` is needed, and is TopK's k.
         d_sae: number of latents.
         metadata: model_name, hook_name and the like, for cfg.json.
@@ -53,23 +52,22 @@ def initial_sae(
     family: Family, data: Store, *, d_sae: int, l0: float, seed: int, metadata: dict[str, Any] | None = None
 ) -> SAE[Any]:
     """An untrained SAE: random unit decoder rows, the encoder their transpose, b_dec the mean activation."""
-    from sae_lens import JumpReLUSAE, StandardSAE
-
-    if family not in ("relu", "jumprelu", "topk"):
-        raise ValueError(f"family is 'relu', 'jumprelu' or 'topk'; got {family!r}")
+    if family not in get_args(Family):
+        raise ValueError(f"family is one of {', '.join(get_args(Family))}; got {family!r}")
     if not 0 < l0 <= d_sae:
         raise ValueError(f"the L0 asked for, {l0:g}, must be positive and at most d_sae, {d_sae}")
     directions = F.normalize(torch.randn(d_sae, data.d_in, generator=torch.Generator().manual_seed(seed)), dim=1)
     weights = {"W_enc": directions.T.contiguous(), "W_dec": directions, "b_dec": data.mean}
-    if family == "jumprelu":
-        weights["threshold"] = torch.zeros(d_sae)
+    needed = {"jumprelu": ["threshold"], "gated": ["r_mag", "b_mag", "b_gate"]}
+    weights |= {name: torch.zeros(d_sae) for name in needed.get(family, [])}
     k = round(l0) if family == "topk" else None
     sae = build(family, weights, k=k, apply_b_dec_to_input=True, metadata=metadata)
     with torch.no_grad():
         first = [next(iter(data.batches(2048, seed=seed)))]
-        if isinstance(sae, JumpReLUSAE):
-            sae.threshold.fill_(calibrate_threshold(sae, first, l0))
-        elif isinstance(sae, StandardSAE):
+        if family == "jumprelu":
+            sae.get_parameter("threshold").fill_(calibrate_threshold(sae, first, l0))
+        elif family in ("relu", "gated"):
             # From half of its latents active, the l1 price would have to overshoot, and kill, to bring it down in time
-            sae.b_enc.fill_(-calibrate_threshold(sae, first, min(2 * l0, 0.5 * d_sae)))
+            bias = sae.get_parameter("b_enc" if family == "relu" else "b_gate")
+            bias.fill_(-calibrate_threshold(sae, first, min(2 * l0, 0.5 * d_sae)))
     return sae
