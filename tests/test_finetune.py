@@ -521,6 +521,13 @@ def test_pretrain_refuses():
         initial_sae("gelu", MemoryStore(10, 0), d_sae=4, l0=2, seed=0)  # type: ignore[arg-type]
 
 
+def test_an_sae_without_an_active_latent_is_refused(teachers, data, held_out):
+    dead = copied(teachers["jumprelu"])
+    dead.threshold.data.fill_(1e6)
+    with pytest.raises(ValueError, match="no latent of this SAE is active"):
+        finetune(dead, data, SMALL, held_out=held_out)
+
+
 def test_other_architectures_are_named(data, held_out):
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=8))
     sae.cfg.__class__ = type("Other", (type(sae.cfg),), {"architecture": classmethod(lambda cls: "other")})

@@ -442,7 +442,7 @@ class ThresholdTrainee(SparseTrainee):
         if config.objective == "l0":
             self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
-        self.l0_asked = max(1, round(config.target_l0 or 1))  # as the gate's k
+        self.l0_asked = max(1, round(config.target_l0 or 1))  # whole, as the gate's k
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         self.amplitude = TrainableGate(gate, self.unit, mesh) if gate is not None else None
 
@@ -702,8 +702,8 @@ def finetune(
         matched and saved in float32; rounded to a narrower dtype, it has the target L0 as nearly as that can tell thresholds apart.
 
     Raises:
-        ValueError: d_in differs, the SAE cannot be trained with these settings, `out` holds another run, the loss is not finite, or
-            the mesh does not fit.
+        ValueError: d_in differs, the SAE cannot be trained with these settings, no latent of it is active, `out` holds another run,
+            the loss is not finite, or the mesh does not fit.
     """
     if sae.cfg.d_in != data.d_in:
         raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
@@ -732,6 +732,8 @@ def finetune(
     # In float32 all along: the factor that matches L0 is less than bfloat16 can tell apart
     part = shard_of(sae, mesh).to(mesh.device, torch.float32)
     target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, _activations(held_out), mesh))
+    if target == 0:
+        raise ValueError("no latent of this SAE is active on the held-out activations: another model, hook or scale?")
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     part = _ready_to_train(part, sample, config, target, mesh)
     config = replace(config, target_l0=target)
