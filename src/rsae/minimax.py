@@ -453,7 +453,7 @@ def _measured(target: _Target, draft: _Draft, degree: tuple[int, int], method: s
     t = np.concatenate([apart(points, interval, corners) for interval in target.domain])
     _, peaks = extrema(error, t, target.domain)
     max_error = float(np.abs(peaks).max())
-    rounding = 32 * float(np.finfo(np.float64).eps * np.abs(target.f(t)).max())
+    rounding = 64 * float(np.finfo(np.float64).eps * np.abs(target.f(t)).max())
     reach = min((1e-6 if q <= 12 else 1e-4) + rounding / max_error, 1e-3) if max_error > 0 else 0.0
     alternation = 1 + int(np.count_nonzero(np.diff(np.sign(peaks[np.abs(peaks) >= (1 - reach) * max_error]))))
     uniform = np.linspace(low, high, grid)

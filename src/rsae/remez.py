@@ -220,7 +220,10 @@ def solve(problem: Problem) -> Levelled:
     reasons: list[str] = []
     for route in (_from_zolotarev, _from_wider_gap, _from_lower_degree):
         try:
-            return route(problem)
+            with np.errstate(
+                all="ignore"
+            ):  # a step that goes astray may divide by 0: its error is not finite, and refused
+                return route(problem)
         except Failed as reason:
             reasons.append(str(reason))
     raise Failed("; ".join(reasons))
