@@ -56,8 +56,8 @@ CHOSEN = _prose("""
     whose control is better by 0.27% of FVU at 2e-3 than at the 1e-3 that it has, and ReLU, whose rate was not searched.
 """)
 COVERS = _prose("""
-    **What an interval covers.** The documents of this text; not other teachers, other batches, or other text. Sets of
-    documents, even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the control,
+    **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor
+    that rounds the fit of the gate otherwise. Sets of documents, even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the control,
     searched").
 """)
 DIFFERS = _prose("""
