@@ -56,9 +56,9 @@ CHOSEN = _prose("""
     whose control is better by 0.27% of FVU at 2e-3 than at the 1e-3 that it has, and ReLU, whose rate was not searched.
 """)
 COVERS = _prose("""
-    **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor
-    that rounds the fit of the gate otherwise. Sets of documents, even of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the control,
-    searched").
+    **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor that
+    rounds the fit of the gate otherwise. Sets of documents, even of the same sources, differ by more than the interval over one
+    of them says (dev/LOG.md, "the control, searched").
 """)
 DIFFERS = _prose("""
     **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU or gated control
