@@ -86,7 +86,7 @@ def assert_same(run, reference):
         a, b = (load_teacher(path / arm).sae for path in (run, reference))
         with torch.no_grad():
             gap = (a(x) - b(x)).norm() / (b(x) - x).norm()
-        # A dense gate is steep where a jump was: there the rounding of another order of sums grows with every step
+        # A dense gate is steep where a jump was: there the rounding of another order of sums may grow (.009 was seen)
         assert gap < (2e-2 if arm == "dense-topk" else 1e-5), (arm, gap)
 
 

@@ -220,9 +220,8 @@ def solve(problem: Problem) -> Levelled:
     reasons: list[str] = []
     for route in (_from_zolotarev, _from_wider_gap, _from_lower_degree):
         try:
-            with np.errstate(
-                all="ignore"
-            ):  # a step that goes astray may divide by 0: its error is not finite, and refused
+            # A step that goes astray may divide by 0: its error is not finite, and refused
+            with np.errstate(all="ignore"):
                 return route(problem)
         except Failed as reason:
             reasons.append(str(reason))
