@@ -200,13 +200,16 @@ def test_sums_and_products_over_entries(both: Both, batch: int, d_sae: int, d: i
             entries.sum_by_row(weights, W),
             entries.sum_by_latent(weights, x),
             entries.dots(x, W),
+            *entries.sum_and_dots(weights, x, W),
         )
 
-    (order, by_row, by_latent, _), (fast_order, *fast) = both(results)
+    (order, by_row, by_latent, *_), (fast_order, *fast) = both(results)
     assert torch.equal(order, fast_order)
     close(fast[0], by_row)
     close(fast[1], by_latent)
     close(fast[2], (x.double() @ W.double().T)[mask].float())  # the plain path rounds these to bfloat16
+    assert torch.equal(fast[3], fast[1])
+    assert torch.equal(fast[4], fast[2])
 
 
 # -- The rational gate -------------------------------------------------------------------------------------------------

@@ -58,11 +58,14 @@ static inline i64 above(const uint16_t *h, const float *inverse, i64 n, float li
     for (; j + LANES <= n; j += LANES) {
         float r[LANES];
         for (i64 lane = 0; lane < LANES; lane++) r[lane] = relative(h, inverse, j + lane);
-        for (uint32_t bits = bits_above(r, limit); bits; bits &= bits - 1) {
-            i64 lane = __builtin_ctz(bits);
-            found[m] = (int32_t)(j + lane);
-            values[m++] = r[lane];
+        uint32_t bits = bits_above(r, limit);
+        i64 here = __builtin_popcount(bits);
+        for (i64 e = 0; e < 2 || e < here; e++, bits &= bits - 1) { /* two, whether they are there or not: most blocks have no more */
+            i64 lane = __builtin_ctz(bits | 1u << (LANES - 1));
+            found[m + e] = (int32_t)(j + lane);
+            values[m + e] = r[lane];
         }
+        m += here;
     }
     for (; j < n; j++) {
         found[m] = (int32_t)j;
@@ -87,53 +90,54 @@ static i64 keep_above(i64 m, float limit, int32_t *found, float *values) {
     return kept;
 }
 
-/* Reorder so that a[k] is the (k+1)-th largest and nothing before it is smaller. */
-static void select_largest(float *a, i64 n, i64 k) {
-    i64 low = 0, high = n - 1;
-    while (low < high) {
-        float pivot = a[(low + high) / 2];
-        i64 i = low, j = high;
-        while (i <= j) {
-            while (a[i] > pivot) i++;
-            while (a[j] < pivot) j--;
-            if (i <= j) {
-                float swap = a[i];
-                a[i++] = a[j];
-                a[j--] = swap;
-            }
-        }
-        if (k <= j) high = j;
-        else if (k >= i) low = i;
-        else return;
+/* The bits of a float as an integer that is ordered as the floats are; and back, being its own inverse. */
+static inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+/* The k-th and the (k+1)-th largest of n values, 0 < k < n; nan comes last. `key` has room for n.
+ * Bit by bit from the sign: the largest integer that at least k keys reach, or one that parts k of them from the others. Every key is
+ * looked at each time, since a branch that is guessed wrong costs more than a register of comparisons. */
+static void kth_largest(const float *values, i64 n, i64 k, int32_t *key, float *kth, float *next) {
+    for (i64 i = 0; i < n; i++) {
+        float value = values[i] == values[i] ? values[i] : -INFINITY;
+        memcpy(key + i, &value, 4);
+        key[i] = ordered(key[i]);
     }
+    int32_t limit = INT32_MIN, least = INT32_MAX, below = INT32_MIN;
+    i64 reaching = n;
+    for (int bit = 31; bit >= 0 && reaching > k; bit--) {
+        int32_t tried = (int32_t)((uint32_t)limit + (1u << bit)), found = 0;
+        for (i64 i = 0; i < n; i++) found += key[i] >= tried;
+        if (found >= k) {
+            limit = tried;
+            reaching = found;
+        }
+    }
+    for (i64 i = 0; i < n; i++) {
+        least = key[i] >= limit && key[i] < least ? key[i] : least;
+        below = key[i] < limit && key[i] > below ? key[i] : below;
+    }
+    int32_t bits[2] = {ordered(least), ordered(reaching > k ? least : below)};
+    memcpy(kth, bits, 4);
+    memcpy(next, bits + 1, 4);
 }
 
 /* The k-th and the (k+1)-th largest of a row, 0 < k < n. `guess` is a lower bound to try first, and only saves time. Returns how many
- * values `found` and `values` list: those above `*listed`. */
-static i64 two_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, int32_t *found, float *values, float *buffer,
+ * values `found` and `values` list: those above `*listed`. `values` has room for n more behind these. */
+static i64 two_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, int32_t *found, float *values, int32_t *key,
                        float *guess, float *listed, float *kth, float *next) {
-    i64 m;
-    for (;;) {
-        m = find_above(h, inverse, n, *guess, found, values);
-        *listed = *guess;
-        if (m > k) {
-            memcpy(buffer, values, m * sizeof(float));
-            select_largest(buffer, m, k);
-            break;
-        }
+    i64 m = find_above(h, inverse, n, *guess, found, values);
+    while (m <= k && *guess != -INFINITY) {
         *guess = *guess > 1e-30f ? 0.25f * *guess : -INFINITY;
-        if (*guess == -INFINITY) { /* whatever they are, -inf and nan too */
-            for (i64 j = 0; j < n; j++) buffer[j] = relative(h, inverse, j);
-            select_largest(buffer, n, k);
-            m = find_above(h, inverse, n, *guess, found, values);
-            *listed = *guess;
-            break;
-        }
+        m = find_above(h, inverse, n, *guess, found, values);
     }
-    *next = buffer[k];
-    *kth = buffer[0];
-    for (i64 j = 1; j < k; j++)
-        if (buffer[j] < *kth) *kth = buffer[j];
+    *listed = *guess;
+    if (m > k) {
+        kth_largest(values, m, k, key, kth, next);
+    } else { /* -inf or nan is among them */
+        float *all = values + n + 1;
+        for (i64 j = 0; j < n; j++) all[j] = relative(h, inverse, j);
+        kth_largest(all, n, k, key, kth, next);
+    }
     return m;
 }
 
@@ -159,15 +163,15 @@ void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64
                    float smallest, float *scale, float *edge, i64 *count, i64 room, int32_t *scratch) {
 #pragma omp parallel
   {
-    float *values = malloc((2 * n + 1) * sizeof(float)), *buffer = values + n + 1, guess = 0.0f;
-    int32_t *found = malloc((n + 1) * sizeof(int32_t));
+    float *values = malloc((2 * n + 1) * sizeof(float)), guess = 0.0f;
+    int32_t *found = malloc((n + 1) * sizeof(int32_t)), *key = malloc(n * sizeof(int32_t));
 #pragma omp for schedule(static)
     for (i64 row = 0; row < size; row++) {
         const uint16_t *here = h + row * n;
         float s = 1.0f, kth = -INFINITY, next = 0.0f, listed = INFINITY;
         i64 m = 0;
         if (k > 0) {
-            if (k < n) m = two_largest(here, inverse, n, k, found, values, buffer, &guess, &listed, &kth, &next);
+            if (k < n) m = two_largest(here, inverse, n, k, found, values, key, &guess, &listed, &kth, &next);
             s = k < n ? 0.5f * (kth + next) : 0.0f;
             if (!(s > smallest)) s = smallest;
         }
@@ -189,6 +193,7 @@ void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64
     }
     free(values);
     free(found);
+    free(key);
   }
 }
 
@@ -273,13 +278,15 @@ void sum_groups(i64 size, i64 d, const i64 *offset, i64 n_groups, i64 n_entries,
     free(by);
 }
 
-static inline float total_of_line(line a) {
+/* An inner product from the sums of its lines 4 i, 4 i + 1, 4 i + 2 and 4 i + 3. */
+static inline float total_of_lines(const line *partial) {
+    line a = (partial[0] + partial[1]) + (partial[2] + partial[3]);
     for (int half = LINE / 2; half; half /= 2)
         for (int lane = 0; lane < half; lane++) a[lane] += a[lane + half];
     return a[0];
 }
 
-/* out[e] = <a[row of e], b[latent of e]>, in four registers of partial sums. */
+/* out[e] = <a[row of e], b[latent of e]>. */
 void dot_entries(i64 size, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, const i64 *latents, const float *a,
                  const float *b, float *out) {
 #pragma omp parallel for schedule(static)
@@ -296,9 +303,73 @@ void dot_entries(i64 size, i64 d, const i64 *offset, i64 n_rows, i64 n_entries, 
                     partial[c] += *(const line *)(x + i + c * LINE) * *(const line *)(y + i + c * LINE);
             for (; i + LINE <= d; i += LINE) partial[0] += *(const line *)(x + i) * *(const line *)(y + i);
             for (; i < d; i++) rest += x[i] * y[i];
-            out[e] = total_of_line((partial[0] + partial[1]) + (partial[2] + partial[3])) + rest;
+            out[e] = total_of_lines(partial) + rest;
         }
     }
+}
+
+/* Of n entries of one latent, and some lines of their rows: the sum of weight times row, and what these lines add to the products of
+ * row and b, four partial sums for each entry. */
+static inline void sum_and_multiply(int lines, i64 n, const i64 *from, const float *by, const float *a, const float *b, float *sum,
+                                    line *products) {
+    line sums[MOST] = {{0}}, other[MOST];
+    memcpy(other, b, lines * sizeof(line));
+    for (i64 e = 0; e < n; e++) {
+        line partial[4];
+        memcpy(partial, products + 4 * e, sizeof partial);
+        for (int c = 0; c < lines; c++) {
+            line x = *(const line *)(a + from[e] + c * LINE);
+            sums[c] += by[e] * x;
+            partial[c % 4] += x * other[c];
+        }
+        memcpy(products + 4 * e, partial, sizeof partial);
+    }
+    memcpy(sum, sums, lines * sizeof(line));
+}
+
+/* The two gradients of a decoder, each row fetched once for both: sum[latent] = sum over its entries of weight * a[row], as sum_groups
+ * has it, and for each entry out[e] = <a[row], b[latent]>, as dot_entries has it. */
+void sum_and_dots(i64 size, i64 d, const i64 *offset, i64 n_entries, const i64 *order, const i64 *rows,
+                  const float *weight, const float *a, const float *b, float *sum, float *out) {
+    i64 most = 1;
+    for (i64 latent = 0; latent < size; latent++) {
+        i64 n = (latent + 1 < size ? offset[latent + 1] : n_entries) - offset[latent];
+        if (n > most) most = n;
+    }
+#pragma omp parallel
+  {
+    i64 *from = malloc(most * sizeof(i64));
+    float *by = malloc(most * sizeof(float)), *rest = malloc(most * sizeof(float));
+    line *products = aligned_alloc(sizeof(line), 4 * most * sizeof(line));
+#pragma omp for schedule(dynamic, 64)
+    for (i64 latent = 0; latent < size; latent++) {
+        const i64 *mine = order + offset[latent];
+        const float *y = b + latent * d;
+        float *into = sum + latent * d;
+        i64 n = (latent + 1 < size ? offset[latent + 1] : n_entries) - offset[latent], i = 0;
+        for (i64 e = 0; e < n; e++) {
+            from[e] = rows[mine[e]] * d;
+            by[e] = weight[mine[e]];
+            rest[e] = 0.0f;
+        }
+        memset(products, 0, 4 * n * sizeof(line));
+        for (; i + MOST * LINE <= d; i += MOST * LINE) sum_and_multiply(MOST, n, from, by, a + i, y + i, into + i, products);
+        for (; i + 4 * LINE <= d; i += 4 * LINE) sum_and_multiply(4, n, from, by, a + i, y + i, into + i, products);
+        for (; i + LINE <= d; i += LINE) sum_and_multiply(1, n, from, by, a + i, y + i, into + i, products);
+        for (; i < d; i++) {
+            into[i] = 0.0f;
+            for (i64 e = 0; e < n; e++) {
+                into[i] += by[e] * a[from[e] + i];
+                rest[e] += a[from[e] + i] * y[i];
+            }
+        }
+        for (i64 e = 0; e < n; e++) out[mine[e]] = total_of_lines(products + 4 * e) + rest[e];
+    }
+    free(from);
+    free(by);
+    free(rest);
+    free(products);
+  }
 }
 
 /* order: the entries sorted by key, those of a key as they come. `next` holds where each key begins, and is used up. */

@@ -82,6 +82,20 @@ class Kernels(Protocol):
         """For each entry the inner product of a[row] and b[latent]."""
         ...
 
+    def sum_and_dots(
+        self,
+        offsets: Int[Tensor, " d_sae"],
+        order: Int[Tensor, " n"],
+        rows: Int[Tensor, " n"],
+        row_offsets: Int[Tensor, " batch"],
+        latents: Int[Tensor, " n"],
+        weights: Float[Tensor, " n"],
+        a: Float[Tensor, "batch d"],
+        b: Float[Tensor, "d_sae d"],
+    ) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " n"]]:
+        """For each latent the sum of weight * a[row] over its entries (`sum_groups`), and for each entry `dots`."""
+        ...
+
     def rational_forward(
         self, h: Tensor, C_in: Tensor, C_out: Tensor, num: Tensor, den: Tensor, centre: float, scale: float
     ) -> Tensor:
@@ -198,6 +212,21 @@ class Compiled:
         out = a.new_empty(len(rows))
         self.call("dot_entries", len(a), a.shape[1], row_offsets, len(a), len(out), latents, a, b, out)
         return out
+
+    def sum_and_dots(
+        self,
+        offsets: Tensor,
+        order: Tensor,
+        rows: Tensor,
+        row_offsets: Tensor,
+        latents: Tensor,
+        weights: Tensor,
+        a: Tensor,
+        b: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        sums, out = torch.empty_like(b), torch.empty_like(weights)
+        self.call("sum_and_dots", len(b), b.shape[1], offsets, len(out), order, rows, weights, a, b, sums, out)
+        return sums, out
 
     def rational_forward(
         self, h: Tensor, C_in: Tensor, C_out: Tensor, num: Tensor, den: Tensor, centre: float, scale: float

@@ -131,6 +131,15 @@ class Entries:
         # One dense product and a gather: on processors with bfloat16 units it costs less than gathering both sides
         return F.linear(a.to(NARROW), b.to(NARROW)).view(-1)[self.flat].float()
 
+    def sum_and_dots(
+        self, weights: Float[Tensor, " n"], a: Float[Tensor, "batch d"], b: Float[Tensor, "d_sae d"]
+    ) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " n"]]:
+        """`sum_by_latent(weights, a)` and `dots(a, b)`, which fetch the same rows."""
+        if (lib := kernels.usable(weights, a, b)) is not None:
+            order, offsets = self.by_latent
+            return lib.sum_and_dots(offsets, order, self.rows, self.row_offsets, self.latents, weights, a, b)
+        return self.sum_by_latent(weights, a), self.dots(a, b)
+
 
 def at_latents(values: Float[Tensor, " d_sae"], entries: Entries) -> Float[Tensor, " n"]:
     """The value of each entry's latent."""
@@ -223,8 +232,10 @@ class _Decode(torch.autograd.Function):
         latents, W_dec = ctx.saved_tensors
         (grad,) = grad_outputs
         grad = grad.contiguous()
-        d_W_dec = ctx.entries.sum_by_latent(latents, grad) if ctx.needs_input_grad[1] else None
-        return ctx.entries.dots(grad, W_dec), d_W_dec, None
+        if not ctx.needs_input_grad[1]:
+            return ctx.entries.dots(grad, W_dec), None, None
+        d_W_dec, d_latents = ctx.entries.sum_and_dots(latents, grad, W_dec)
+        return d_latents, d_W_dec, None
 
 
 def decode(

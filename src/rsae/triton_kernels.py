@@ -223,6 +223,19 @@ def dots(rows: Tensor, row_offsets: Tensor, latents: Tensor, a: Tensor, b: Tenso
     return out
 
 
+def sum_and_dots(
+    offsets: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    row_offsets: Tensor,
+    latents: Tensor,
+    weights: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return sum_groups(offsets, order, rows, weights, a), dots(rows, row_offsets, latents, a, b)
+
+
 # -- The rational gate -------------------------------------------------------------------------------------------------
 
 
