@@ -6,6 +6,7 @@ runs the grid cell by cell and, after each, writes results/evidence.json, EVIDEN
 README.md. A cell is a host, a hook, a family, a width, a sparsity and a seed (of teacher and batches). What is finished is not run
 again, a killed cell continues: models and activations are in runs/evidence, and results/evidence.json keeps what was measured.
 What was trained there with other settings, or by another loop, stops the command: it is never overwritten, and goes by hand.
+Several calls at a time share the grid, one for each GPU or, with OMP_NUM_THREADS=1, for each core: a cell is run by one of them.
 
     --only TEXT    only cells whose name contains TEXT (gemma, topk, l0-32, seed-0, ...)
     --minutes N    start no cell after N minutes
@@ -20,9 +21,11 @@ counted), and compared on held-out documents of sources that no training text is
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -286,7 +289,21 @@ def gather(cell: Cell, progress: Progress | None, hooks: Iterable[str] = ()) -> 
     host = load_host(cell.host)
     host.activations = remembered(host.activations)
     host.token_losses = with_ablations_remembered(host.token_losses)
-    return Data.gather_all(host, folders, TEXT, DATA, progress)[cell.hook]
+    with locked(RUNS / "acts" / short(cell.host)):
+        return Data.gather_all(host, folders, TEXT, DATA, progress)[cell.hook]
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock beside `path` that other calls of this command ask for; yields whether it is held, which needs no `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def remembered(run: Callable[[Tensor, str], Tensor]) -> Callable[[Tensor, str], Tensor]:
@@ -343,13 +360,33 @@ def is_measured(cell: Cell, arms: Sequence[str], done: dict[str, Any] | None) ->
     )
 
 
-def save(evidence: dict[str, Any], cells: Iterable[dict[str, Any]]) -> None:
-    """Put the cells into the evidence, in the order of the grid, and write it."""
+def evidence_so_far() -> dict[str, Any]:
+    """results/evidence.json, with the grid and the settings of now."""
+    file = RESULTS / "evidence.json"
+    evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
+    evidence["settings"] = {setting_of(asdict(cell)): settings(cell) for cell in grid()}
+    evidence["loops"] = {setting_of(asdict(cell)): loop_of(cell) for cell in grid()}
+    evidence["grid"], evidence["comparison_rule"] = len(grid()), COMPARISON_RULE
+    return evidence
+
+
+def known(cell: Cell) -> dict[str, Any] | None:
+    """What results/evidence.json says of a cell."""
+    return next((found for found in evidence_so_far()["cells"] if found["name"] == cell.name), None)
+
+
+def record(cell: Cell, found: dict[str, Any]) -> None:
+    """Put a cell into the evidence, in the order of the grid, and write it with its pages."""
     order = {cell.name: i for i, cell in enumerate(grid())}
     stamp = provenance()
-    evidence |= {"commit": stamp["commit"], "machine": stamp["machine"]}
-    evidence["cells"] = sorted(cells, key=lambda cell: order.get(cell["name"], len(order)))
-    write_json(RESULTS / "evidence.json", evidence)
+    with locked(RESULTS / "evidence.json"):
+        evidence = evidence_so_far()
+        evidence.setdefault("shared_documents", shared_documents(TEXT))
+        evidence |= {"commit": stamp["commit"], "machine": stamp["machine"]}
+        cells = [other for other in evidence["cells"] if other["name"] != cell.name] + [{"name": cell.name, **found}]
+        evidence["cells"] = sorted(cells, key=lambda cell: order.get(cell["name"], len(order)))
+        write_json(RESULTS / "evidence.json", evidence)
+        write_tables(evidence, RESULTS)
 
 
 def main() -> None:
@@ -361,56 +398,48 @@ def main() -> None:
     other.add_argument("--probe", action="store_true")
     other.add_argument("--tables", action="store_true")
     arguments = parser.parse_args()
-    file = RESULTS / "evidence.json"
-    evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
-    evidence["settings"] = {setting_of(asdict(cell)): settings(cell) for cell in grid()}
-    evidence["loops"] = {setting_of(asdict(cell)): loop_of(cell) for cell in grid()}
-    evidence["grid"], evidence["comparison_rule"] = len(grid()), COMPARISON_RULE
-    known = {cell["name"]: cell for cell in evidence["cells"]}
-    chosen = [] if arguments.tables else [cell for cell in grid() if arguments.only in cell.name]
+    if arguments.tables:
+        write_tables(evidence_so_far(), RESULTS)
+        return
+    chosen = [cell for cell in grid() if arguments.only in cell.name]
 
-    def arms_of(cell: Cell) -> Sequence[str]:
-        return MAIN if arguments.main or arguments.probe else cell.arms
+    def is_done(cell: Cell) -> bool:
+        return is_measured(cell, MAIN if arguments.main else cell.arms, known(cell))
 
     deadline = time.monotonic() + 60 * arguments.minutes
     held: tuple[tuple[str, str], Data] | None = None
     with progress_shown() as progress:
-        if chosen and "shared_documents" not in evidence:
-            evidence["shared_documents"] = shared_documents(TEXT)
         for cell in chosen:
-            done = known.get(cell.name)
             if time.monotonic() > deadline:
                 break
-            if arguments.probe:
-                weights = RUNS / cell.name / "teacher" / "sae_weights.safetensors"
-                if not done or not is_measured(cell, MAIN, done) or done["failed"] or not weights.exists():
+            with locked(RUNS / cell.name, wait=False) as is_ours:
+                if not is_ours:
                     continue
-                if sha256_file(weights) != done["teacher"]:
-                    raise ValueError(
-                        f"{cell.name}: the models in {RUNS} are not those that were measured: measure them first"
-                    )
-                found = {**done, "probing": probed(cell, progress)}
-            elif is_measured(cell, arms_of(cell), done):
-                continue
-            else:
+                if arguments.probe:
+                    if (done := known(cell)) and can_be_probed(cell, done):
+                        record(cell, {**done, "probing": probed(cell, progress)})
+                    continue
+                if is_done(cell):
+                    continue
                 if held is None or held[0] != (cell.host, cell.hook):
                     held = None  # one host at a time
-                    hooks = {
-                        other.hook
-                        for other in chosen
-                        if other.host == cell.host and not is_measured(other, arms_of(other), known.get(other.name))
-                    }
+                    hooks = {other.hook for other in chosen if other.host == cell.host and not is_done(other)}
                     held = (cell.host, cell.hook), gather(cell, progress, hooks)
-                found = attempt(cell, arms_of(cell), held[1], progress)
-            kept = (
-                {"probing": done["probing"]}
-                if done and "probing" in done and done["teacher"] == found.get("teacher")
-                else {}
-            )
-            known[cell.name] = {"name": cell.name, **kept, **found}
-            save(evidence, known.values())
-            write_tables(evidence, RESULTS)
-    write_tables(evidence, RESULTS)
+                found = attempt(cell, MAIN if arguments.main else cell.arms, held[1], progress)
+                done = known(cell)
+                if done and "probing" in done and done["teacher"] == found.get("teacher"):
+                    found["probing"] = done["probing"]
+                record(cell, found)
+
+
+def can_be_probed(cell: Cell, done: dict[str, Any]) -> bool:
+    """Whether a cell is measured, and its models are here; ValueError if those that are here are others."""
+    weights = RUNS / cell.name / "teacher" / "sae_weights.safetensors"
+    if not is_measured(cell, MAIN, done) or done["failed"] or not weights.exists():
+        return False
+    if sha256_file(weights) != done["teacher"]:
+        raise ValueError(f"{cell.name}: the models in {RUNS} are not those that were measured: measure them first")
+    return True
 
 
 if __name__ == "__main__":

@@ -140,6 +140,24 @@ def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
         assert "| topk |" not in (tmp_path / "README.md").read_text()
 
 
+def test_several_calls_share_the_grid(bench, monkeypatch, tmp_path):
+    relu = next(cell for cell in bench.grid() if cell.family == "relu")
+    measure = bench.attempt
+
+    def meanwhile(cell, *arguments):
+        with bench.locked(bench.RUNS / cell.name, wait=False) as free:
+            assert not free  # another call would leave this cell alone
+        found = measure(cell, *arguments)
+        bench.record(relu, found | {"family": "relu"})  # another call has finished a cell
+        return found
+
+    monkeypatch.setattr(bench, "attempt", meanwhile)
+    with bench.locked(bench.RUNS / relu.name):  # which it is still at work on, as far as this one can tell
+        call(bench, monkeypatch, "--main")
+    cells = read_json(tmp_path / "results" / "evidence.json")["cells"]
+    assert [cell["family"] for cell in cells] == ["topk", "relu"]
+
+
 def test_an_arm_that_diverges_does_not_take_the_cell_with_it(bench, monkeypatch, tmp_path):
     train = bench.finetune
 
