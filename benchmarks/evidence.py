@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
@@ -33,13 +34,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from benchmarks.evidence_tables import FIRST_LOOP, METRICS, STEPS, setting_of, short, write_tables
+from safetensors.torch import load_file
 
-from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
+from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
 from rsae.calibrate import calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import COMPARISON_RULE, evaluate_runs
 from rsae.finetune import FinetuneConfig, TopKTrainee, Trainee, finetune
-from rsae.hosts import TokenLosses, load_host
+from rsae.hosts import Host, TokenLosses, load_host
 from rsae.identity import identity
 from rsae.metrics import NotFinite
 from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
@@ -287,7 +289,7 @@ def gather(cell: Cell, progress: Progress | None, hooks: Iterable[str] = ()) -> 
     """The host of a cell, and the activations that all cells of its hook share; those of other hooks are read in the same pass."""
     folders = {hook: RUNS / "acts" / short(cell.host) / hook for hook in dict.fromkeys([cell.hook, *hooks])}
     host = load_host(cell.host)
-    host.activations = remembered(host.activations)
+    host.activations = remembered(host, folders)
     host.token_losses = with_ablations_remembered(host.token_losses)
     with locked(RUNS / "acts" / short(cell.host)):
         return Data.gather_all(host, folders, TEXT, DATA, progress)[cell.hook]
@@ -306,15 +308,16 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             yield True
 
 
-def remembered(run: Callable[[Tensor, str], Tensor]) -> Callable[[Tensor, str], Tensor]:
-    """The same function, run once for the same tokens: all cells of a hook are measured on the same text."""
-    kept: dict[tuple[str, bytes], Tensor] = {}
+def remembered(host: Host, folders: Mapping[str, Path]) -> Callable[[Tensor, str], Tensor]:
+    """`host.activations`, run once for the same tokens and all hooks that have folders: cells are measured on the same text."""
 
     def activations(tokens: Tensor, hook: str) -> Tensor:
-        key = (hook, tokens.numpy().tobytes())
-        if key not in kept:
-            kept[key] = run(tokens, hook)
-        return kept[key]
+        name = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+        files = {hook: folder / "evaluation" / f"{name}.safetensors" for hook, folder in folders.items()}
+        if not files[hook].exists():
+            for each, x in host.activations_at(tokens, list(files)).items():
+                write_safetensors(files[each], {"activations": x.cpu()})
+        return load_file(files[hook])["activations"]
 
     return activations
 

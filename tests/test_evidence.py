@@ -199,6 +199,26 @@ def test_arms_too_far_apart_in_l0_have_failed(bench, monkeypatch, tmp_path):
     assert "| fvu | 0 | 0 | 0 | 1 |" in (tmp_path / "results" / "EVIDENCE.md").read_text()
 
 
+def test_activations_are_read_once_for_all_hooks(bench, monkeypatch, tmp_path):
+    host, asked = load_host(str(save_tiny(tmp_path / "again"))), []
+    run = host.activations_at
+
+    def activations_at(tokens, hooks):
+        asked.append(hooks)
+        return run(tokens, hooks)
+
+    monkeypatch.setattr(host, "activations_at", activations_at)
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    for _ in range(2):  # another process finds them too
+        activations = bench.remembered(host, {hook: tmp_path / hook for hook in hooks})
+        for hook in hooks:
+            for tokens in torch.arange(48).view(2, 2, 12):
+                found = activations(tokens, hook)
+                assert found.dtype == host.dtype
+                assert torch.equal(found, run(tokens, [hook])[hook])
+    assert asked == [hooks, hooks]
+
+
 def test_ablations_are_run_once_for_the_same_tokens(bench, tmp_path):
     host = load_host(str(save_tiny(tmp_path / "again")), dtype=torch.float32)
     asked = []
