@@ -23,6 +23,7 @@ COMPARISON_RULE = (
     "holds 0, and for alive and dense within 0.1 percentage point"
 )
 _ROWS = 2048  # tokens encoded together: their latents (_ROWS, d_sae) are the largest tensor there is
+_VARIANTS = 16  # contexts that the host's later layers run at once, counting one for each arm
 Key = tuple[str, str]
 """(run, arm)."""
 PAIRS = (("rsae", "control"), ("rsae", "teacher"))
@@ -230,7 +231,8 @@ def evaluate_runs(
                 key: _reconstruct("/".join(key).strip("/"), sae, x, documents[measured], reconstruction[key])
                 for key, sae in saes.items()
             }
-            if (chosen := ce_contexts[rows]).any():
+            for some in ce_contexts[rows].nonzero().squeeze(1).split(max(1, _VARIANTS // len(saes))):
+                chosen = torch.zeros(len(tokens), dtype=torch.bool).index_fill_(0, some, True)
                 spliced = chosen[:, None].expand_as(measured)[measured]  # the rows of x that these contexts hold
                 _losses(
                     losses, host, hook, tokens[chosen], documents[chosen], measured[chosen],

@@ -29,6 +29,8 @@ Edit = Callable[[Tensor], Tensor]
 """Takes the activations (B, T, d_model) at a hook and returns what replaces them, of the same shape."""
 
 
+LOGITS = 1 << 25
+"""How many logits are held at a time: 128 tokens of a vocabulary of 262,144."""
 CENTRED = "centred:"
 """Before a host's name: its activations have their mean over d_model subtracted."""
 
@@ -148,7 +150,7 @@ class Host:
 
     @torch.no_grad()
     def token_losses(
-        self, tokens: Int[Tensor, "B T"], hook: str, edits: Mapping[str, Edit], *, chunk: int = 256
+        self, tokens: Int[Tensor, "B T"], hook: str, edits: Mapping[str, Edit], *, chunk: int | None = None
     ) -> dict[str, TokenLosses]:
         """Next-token losses of the clean host and of the host with each edit spliced in at `hook`.
 
@@ -156,7 +158,8 @@ class Host:
             kl[b, t]  = sum_v p_clean(v) (log p_clean(v) - log p_edited(v))
 
         One forward pass serves all: layers before the hook run once, later ones on all variants at once. Logits are
-        taken `chunk` tokens at a time, in the host's dtype as transformers does, and their softmax in float32.
+        taken `chunk` tokens at a time (None: as many as LOGITS allows), in the host's dtype as transformers does, and their
+        softmax in float32.
 
         Returns: the losses under "clean" (kl = 0) and under each edit's name.
         """
@@ -196,8 +199,10 @@ class Host:
         targets = tokens[:, 1:].reshape(-1)
         nll = torch.empty(variants, targets.numel())
         kl = torch.zeros(variants, targets.numel())
+        vocabulary = self._lm_head.weight.shape[0]
+        chunk = max(1, LOGITS // vocabulary) if chunk is None else chunk
         # Two buffers for all chunks: at 262,144 words fresh pages would cost as much as the arithmetic.
-        work = torch.empty(2, chunk, self._lm_head.weight.shape[0], device=self.device)
+        work = torch.empty(2, chunk, vocabulary, device=self.device)
         for start in range(0, targets.numel(), chunk):
             rows = slice(start, start + chunk)
             nll[:, rows], kl[:, rows] = self._losses(states[:, rows], targets[rows], work)
