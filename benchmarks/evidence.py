@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -175,7 +176,6 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         progress=progress,
     )  # fmt: skip
     write_json(out / "run.json", {"identity": {"host": cell.host, "hook": cell.hook}})  # for `rsae probe`
-    teacher_hash = sha256_file(out / "teacher" / "sae_weights.safetensors")
     l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
     saes: dict[str, Any] = {"teacher": teacher}
     if len(arms) > len(MAIN):
@@ -212,7 +212,8 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         data.evaluation.tokens[:IDENTITY], data.evaluation.documents[:IDENTITY], data.evaluation.sources
     )
     return about(cell, data) | {
-        "teacher": teacher_hash,
+        "teacher": hashes(cell, ["teacher"])["teacher"],
+        "weights": hashes(cell, MAIN),
         "excluded": found["excluded"],
         "arms": {arm: found[arm] for arm in saes} | {arm: found[arm] | {"eps": value} for arm, value in eps.items()},
         **{"_minus_".join(pair): found["_minus_".join(pair)] for pair in pairs},
@@ -227,7 +228,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         else {},
         "cost": {
             "seconds": {name: _seconds(out / name) for name in saes if (out / name).exists()},
-            "scalars_added": sum(p.numel() for p in saes["rsae"].gate.parameters()) - _thresholds(teacher),
+            "scalars_added": sum(p.numel() for p in saes["rsae"].gate.parameters()) - _gate_scalars(teacher),
             "peak_memory_gb": _peak_memory_gb(),
         },
     }  # fmt: skip
@@ -249,9 +250,9 @@ def _peak_memory_gb(reset: bool = False) -> float | None:
     return round(int(line.split()[1]) / 2**20, 2)
 
 
-def _thresholds(teacher: SAE[Any]) -> int:
-    """How many thresholds a teacher has of its own."""
-    return teacher.cfg.d_sae if teacher.cfg.architecture() == "jumprelu" else 0
+def _gate_scalars(teacher: SAE[Any]) -> int:
+    """How many scalars of its own a teacher's gate has: a JumpReLU's thresholds, a gated SAE's r_mag and b_mag."""
+    return {"jumprelu": 1, "gated": 2}.get(teacher.cfg.architecture(), 0) * teacher.cfg.d_sae
 
 
 def settings(cell: Cell) -> dict[str, Any]:
@@ -281,8 +282,14 @@ def about(cell: Cell, data: Data) -> dict[str, Any]:
         "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
         "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)), "loop": loop_of(cell),
-        "provenance": provenance(),
+        "provenance": started(),
     }  # fmt: skip
+
+
+@cache
+def started() -> dict[str, Any]:
+    """The provenance of this process as it began: what is committed while it runs is not what ran."""
+    return provenance()
 
 
 def gather(cell: Cell, progress: Progress | None, hooks: Iterable[str] = ()) -> Data:
@@ -312,7 +319,8 @@ def remembered(host: Host, folders: Mapping[str, Path]) -> Callable[[Tensor, str
     """`host.activations`, run once for the same tokens and all hooks that have folders: cells are measured on the same text."""
 
     def activations(tokens: Tensor, hook: str) -> Tensor:
-        name = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+        key = f"{host.fingerprint} {host.dtype} {tuple(tokens.shape)} ".encode() + tokens.numpy().tobytes()
+        name = hashlib.sha256(key).hexdigest()[:16]
         files = {hook: folder / "evaluation" / f"{name}.safetensors" for hook, folder in folders.items()}
         if not files[hook].exists():
             for each, x in host.activations_at(tokens, list(files)).items():
@@ -359,7 +367,7 @@ def is_measured(cell: Cell, arms: Sequence[str], done: dict[str, Any] | None) ->
         done
         and done["settings"] == config_hash(settings(cell))
         and done.get("loop", FIRST_LOOP) == loop_of(cell)
-        and (done["failed"] or set(arms) <= set(done["arms"]))
+        and (done["failed"] or set(arms) <= {*done["arms"], *done["failed_arms"]})
     )
 
 
@@ -381,8 +389,8 @@ def known(cell: Cell) -> dict[str, Any] | None:
 def record(cell: Cell, found: dict[str, Any]) -> None:
     """Put a cell into the evidence, in the order of the grid, and write it with its pages."""
     order = {cell.name: i for i, cell in enumerate(grid())}
-    stamp = provenance()
-    with locked(RESULTS / "evidence.json"):
+    stamp = started()
+    with locked(RUNS / "evidence.json"):
         evidence = evidence_so_far()
         evidence.setdefault("shared_documents", shared_documents(TEXT))
         evidence |= {"commit": stamp["commit"], "machine": stamp["machine"]}
@@ -401,8 +409,10 @@ def main() -> None:
     other.add_argument("--probe", action="store_true")
     other.add_argument("--tables", action="store_true")
     arguments = parser.parse_args()
+    started()
     if arguments.tables:
-        write_tables(evidence_so_far(), RESULTS)
+        with locked(RUNS / "evidence.json"):
+            write_tables(evidence_so_far(), RESULTS)
         return
     chosen = [cell for cell in grid() if arguments.only in cell.name]
 
@@ -430,17 +440,24 @@ def main() -> None:
                     held = (cell.host, cell.hook), gather(cell, progress, hooks)
                 found = attempt(cell, MAIN if arguments.main else cell.arms, held[1], progress)
                 done = known(cell)
-                if done and "probing" in done and done["teacher"] == found.get("teacher"):
+                if done and "probing" in done and done.get("weights") == found.get("weights", {}):
                     found["probing"] = done["probing"]
                 record(cell, found)
 
 
+def hashes(cell: Cell, arms: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the checkpoints of a cell that are here."""
+    files = {arm: RUNS / cell.name / arm / "sae_weights.safetensors" for arm in arms}
+    return {arm: sha256_file(file) for arm, file in files.items() if file.exists()}
+
+
 def can_be_probed(cell: Cell, done: dict[str, Any]) -> bool:
     """Whether a cell is measured, and its models are here; ValueError if those that are here are others."""
-    weights = RUNS / cell.name / "teacher" / "sae_weights.safetensors"
-    if not is_measured(cell, MAIN, done) or done["failed"] or not weights.exists():
+    measured = {"teacher": done.get("teacher"), **done.get("weights", {})}
+    here = hashes(cell, measured)
+    if not is_measured(cell, MAIN, done) or done["failed"] or not here:
         return False
-    if sha256_file(weights) != done["teacher"]:
+    if here != measured:
         raise ValueError(f"{cell.name}: the models in {RUNS} are not those that were measured: measure them first")
     return True
 

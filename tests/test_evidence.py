@@ -100,16 +100,21 @@ def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
     again = read_json(tmp_path / "results" / "evidence.json")
     assert [cell["family"] for cell in again["cells"]] == ["topk", "relu"]
     assert again["cells"][0] == cell
+    added = {cell["family"]: cell["cost"]["scalars_added"] for cell in again["cells"]}
+    shape = sum((9 + 1, 8)) + 2  # coefficients, and C_in, C_out
+    assert added["topk"] == cell["d_sae"] + shape  # and a threshold for each latent
+    assert added["relu"] == cell["d_sae"] + sum((3 + 1, 2)) + 2
     assert weights.stat().st_mtime_ns == before
 
     with monkeypatch.context() as patch:
         patch.setattr(bench, "probe", lambda *_, **__: {"arms": {}, "rsae_minus_control": {}})
-        teacher = next((tmp_path / "runs").rglob("topk*/teacher/sae_weights.safetensors"))
-        original = teacher.read_bytes()
-        teacher.write_bytes(b"another's")
-        with pytest.raises(ValueError, match="not those that were measured"):
-            call(bench, monkeypatch, "--probe", "--only", "topk")
-        teacher.write_bytes(original)
+        for arm in ("teacher", "rsae"):
+            weights = next((tmp_path / "runs").rglob(f"topk*/{arm}/sae_weights.safetensors"))
+            original = weights.read_bytes()
+            weights.write_bytes(b"another's")
+            with pytest.raises(ValueError, match="not those that were measured"):
+                call(bench, monkeypatch, "--probe", "--only", "topk")
+            weights.write_bytes(original)
         call(bench, monkeypatch, "--probe", "--only", "topk")
         assert "probing" in read_json(tmp_path / "results" / "evidence.json")["cells"][0]
 
@@ -172,6 +177,8 @@ def test_an_arm_that_diverges_does_not_take_the_cell_with_it(bench, monkeypatch,
     assert set(cell["failed_arms"]) == {"scale_only"}
     assert set(cell["arms"]) == {"teacher", "init", *bench.ARMS, "paper_hardened"} - {"scale_only"}
     assert cell["verdict"]["fvu"] in ("win", "tie", "loss")
+    monkeypatch.setattr(bench, "attempt", lambda *_: pytest.fail("measured again, for an arm that is known to fail"))
+    call(bench, monkeypatch, "--only", "topk")
 
 
 def test_a_cell_that_cannot_be_run_stands_in_the_table(bench, monkeypatch, tmp_path):
