@@ -291,7 +291,7 @@ print((out / "refused").exists())
         assert (
             few == "128 tokens fill 1 of the shards of 128, and there are 2 ranks: start fewer, or make shards smaller"
         )
-        assert differ.startswith("the ranks have different settings or stored shards (rank 0: ")
+        assert differ.startswith("the ranks have different folders, settings or stored shards (rank 0: ")
         assert made == "False"
 
 

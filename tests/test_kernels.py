@@ -70,6 +70,25 @@ def test_entries_that_follow_the_sample(plain, batch, d_sae, d, k, alpha) -> Non
     assert torch.equal(slow.flat, fast.flat)
 
 
+@pytest.mark.parametrize(("batch", "d_sae", "d"), SHAPES)
+def test_entries_of_a_shard(plain, batch, d_sae, d) -> None:
+    """Its largest, and those above a scale that all shards have found."""
+    h, threshold = random_h(batch, d_sae, seed=1), torch.linspace(0.5, 2.0, d_sae)
+    given = torch.linspace(0.2, 3.0, batch)[:, None]
+    how = {"share": 0.7, "k": 3, "alpha": 0.5, "scale": given}
+    (slow, s), (fast, t) = both(plain, lambda: sparse.Entries.above(h, threshold, **how))
+    assert torch.equal(s, given)
+    assert torch.equal(t, given)
+    assert torch.equal(slow.flat, fast.flat)
+    for k in (1, 3, 10_000):
+        slow, fast = both(plain, lambda k=k: sparse.Entries.largest(h, k, threshold))
+        assert torch.equal(slow.rows, fast.rows)
+        largest = (h.float() * threshold.reciprocal()).topk(min(k, d_sae)).values
+        for found in (slow, fast):
+            relative = found.read(h) * threshold.reciprocal()[found.latents]
+            assert torch.equal(relative.view(batch, -1).sort(descending=True).values, largest)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10_000))
 def test_the_k_largest_with_ties(d_sae, k, seed) -> None:

@@ -1,5 +1,6 @@
 """Several processes, over gloo, train what one process trains."""
 
+import errno
 import json
 import os
 import subprocess
@@ -216,6 +217,126 @@ for function in (lambda: save_joined(part, mesh, folder / "out"), lambda: check_
         assert full.startswith("has 0.0 GB free")
         assert wrong.startswith("arm: training ended with thresholds that follow the sample")
     assert not (tmp_path / "out" / "cfg.json").exists()
+
+
+@pytest.mark.slow
+def test_shards_choose_what_the_whole_would(tmp_path):
+    """From bfloat16, with ties, by lists of entries: no shard makes another matrix of the size of its pre-activations."""
+    code = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rsae import sparse
+from rsae.calibrate import calibrate
+from rsae.finetune import FinetuneConfig, trainee_for
+from rsae.mesh import ALONE, Mesh, shard_of
+from rsae.pretrain import initial_sae
+from rsae.sae import RationalSAE
+from test_finetune import MemoryStore
+
+class Made(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            assert out.shape != part.shape, func
+        return out
+
+mesh, data = Mesh.of(2), MemoryStore(200, seed=0)
+d_sae, batch, k = 3000, 300, 7
+h = torch.randint(-60, 40, (batch, d_sae), generator=torch.Generator().manual_seed(0)).bfloat16()
+half = slice(mesh.latents.rank * d_sae // 2, (mesh.latents.rank + 1) * d_sae // 2)
+part = h[:, half].contiguous()
+topk = initial_sae("topk", data, d_sae=d_sae, l0=k, seed=0)
+rational = calibrate(RationalSAE.from_teacher(topk), [data.x])
+with torch.no_grad():
+    rational.gate.threshold.copy_(torch.linspace(1, 3, d_sae))
+rational.gate.alpha = 0.25
+rational.sync_config()
+config = FinetuneConfig(target_l0=float(k))
+for sae in (topk, rational):
+    whole = trainee_for(sae, 1.0, config).choose(h)
+    trainee = trainee_for(shard_of(sae, mesh), 1.0, config, mesh)
+    with Made():
+        mine = trainee.choose(part)
+    counts = torch.stack(mesh.ranks.gather(mine.rows.bincount(minlength=batch))).sum(0)
+    assert torch.equal(counts, whole.rows.bincount(minlength=batch))
+    found = torch.zeros_like(h).index_put((mine.rows, mine.latents + half.start), mine.read(part).bfloat16())
+    expected = torch.zeros_like(h).index_put((whole.rows, whole.latents), whole.read(h).bfloat16())
+    # Of equal ones, any: the same values in each row
+    found = sum(mesh.ranks.gather(found))
+    assert torch.equal(found.sort(1).values, expected.sort(1).values)
+silent = torch.arange(d_sae) % 3 < 2 * (torch.arange(d_sae) < 1200)  # 800 in the first shard, none in the second
+alone, shard = trainee_for(topk, 1.0, config), trainee_for(shard_of(topk, mesh), 1.0, config, mesh)
+for n in (5, 700):
+    whole, mine = alone.largest_silent(h, silent, n), shard.largest_silent(part, silent[half], n)
+    assert torch.equal(mine.latents + half.start, whole.latents) or mesh.latents.rank == 1 and not len(mine.rows)
+print("same")
+"""
+    done = torchrun(tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["same\n", "same\n"]
+
+
+@pytest.mark.slow
+def test_ranks_that_were_not_started_alike_are_refused_by_all(tmp_path):
+    code = f"""
+import torch
+
+from pathlib import Path
+
+from rsae.mesh import Mesh
+from rsae.pipeline import Ledger
+
+def refused(function):
+    try:
+        function()
+    except ValueError as error:
+        print(error)
+
+refused(lambda: Mesh.of(1 + ranks.rank))
+mesh = Mesh.of(2)
+refused(lambda: Ledger.open(Path({str(tmp_path)!r}) / f"run-{{ranks.rank}}", {{}}, None, mesh=mesh))
+"""
+    done = torchrun(tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in "01":
+        shards, folders = (tmp_path / rank).read_text().splitlines()
+        assert shards.startswith("the ranks have different shards of the latents (rank 0: 1, rank 1: 2)")
+        assert folders.startswith("the ranks have different folders (rank 0: ")
+
+
+@pytest.mark.slow
+def test_a_lost_rank_and_a_full_disk_are_said_in_training_too(tmp_path):
+    code = f"""
+import os, resource, signal
+from pathlib import Path
+
+import torch
+
+from rsae.mesh import ALONE, Mesh
+
+mesh, folder = Mesh.of(2), Path({str(tmp_path)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if ranks.rank == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    mesh.save({{"W_enc": torch.zeros(100, 50)}}, folder / "checkpoint")
+except OSError as error:
+    print(error.errno, "could not write" in str(error))
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are left
+if ranks.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+for function in (lambda: mesh.latents.sum(torch.ones(3)), lambda: mesh.latents.gather(torch.ones(3))):
+    try:
+        function()
+    except ConnectionError as error:
+        print(error)
+"""
+    assert torchrun(tmp_path, code).returncode != 0
+    full, *lost = (tmp_path / "0").read_text().splitlines()
+    assert full == f"{errno.EFBIG} True"
+    assert len(lost) == 2
+    assert all("rank 0 lost another rank of 2" in line for line in lost)
 
 
 @pytest.mark.slow

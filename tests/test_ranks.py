@@ -62,6 +62,24 @@ except ConnectionError as error:
     assert "rank 0 lost another rank of 2" in (tmp_path / "0").read_text()
 
 
+@pytest.mark.slow
+def test_one_that_works_alone_is_waited_for(tmp_path) -> None:
+    """However long it takes: nothing but work that all do alike has to come within TIMEOUT."""
+    before = "from datetime import timedelta; from rsae import ranks as module; module.TIMEOUT = timedelta(seconds=2)"
+    code = """
+import time
+from rsae.mesh import Mesh
+mesh = Mesh.of(2)
+print(mesh.once(lambda: time.sleep(5) or "measured"))
+with ranks.main_first():
+    time.sleep(5 * ranks.is_main)
+print("loaded")
+"""
+    done = torchrun(tmp_path, code, before=before)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["measured\nloaded\n"] * 2
+
+
 def test_more_ranks_than_gpus(monkeypatch) -> None:
     settings = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in settings.items():

@@ -144,6 +144,12 @@ def test_entries_that_follow_the_sample(
     close(t, sample_scale(h.float() * threshold.reciprocal(), k), 0.0)
     assert torch.equal(slow.flat, fast.flat)
     assert torch.equal(fast.values, h[fast.rows, fast.latents].float())
+    # Of a shard: above a scale that all shards have found
+    given = torch.linspace(0.2, 3.0, 6, device=DEVICE)[:, None]
+    how = {"share": 0.7, "k": k, "alpha": alpha, "scale": given}
+    (slow, s), (fast, t) = both(lambda: sparse.Entries.above(h, threshold, **how))
+    assert torch.equal(s, t)
+    assert torch.equal(slow.flat, fast.flat)
 
 
 @pytest.mark.parametrize("longest", [1 << 15, 8], ids=["in registers", "by torch"])

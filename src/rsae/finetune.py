@@ -390,9 +390,7 @@ class TopKTrainee(SparseTrainee):
         self.register_buffer("silent", torch.zeros(sae.cfg.d_sae))  # tokens since a latent was last active
 
     def choose(self, h: Tensor) -> sparse.Entries:
-        if self.mesh.latents.size > 1:
-            return sparse.Entries.of(self.mesh.is_among_largest(h, self.k))
-        return sparse.Entries.largest(h, self.k)
+        return self.among_all(h, sparse.Entries.largest(h, self.k), self.k)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         _, self.silent = self.see_active(h > 0, entries, self.silent)
@@ -410,14 +408,20 @@ class TopKTrainee(SparseTrainee):
 
     def largest_silent(self, h: Tensor, is_silent: Bool[Tensor, " d_sae"], k: int) -> sparse.Entries:
         """Of each row the k largest silent latents over all shards, if positive."""
-        if self.mesh.latents.size > 1:
-            among = self.mesh.is_among_largest(torch.where(is_silent, h, -torch.inf), k)
-            return sparse.Entries.of(among & (h > 0))
         columns = is_silent.nonzero().squeeze(1)
         few = h.index_select(1, columns)
-        largest = sparse.Entries.largest(few, k)
-        positive = few.view(-1)[largest.flat] > 0
-        return sparse.Entries(largest.rows[positive], columns[largest.latents[positive]], (h.shape[0], h.shape[1]))
+        largest = self.among_all(few, sparse.Entries.largest(few, k), k)
+        largest = largest.where(largest.read(few) > 0)
+        return sparse.Entries(largest.rows, columns[largest.latents], (h.shape[0], h.shape[1]))
+
+    def among_all(self, h: Float[Tensor, "batch n"], largest: sparse.Entries, k: int) -> sparse.Entries:
+        """Of the `largest` of each row of this shard, as many in every row, those that are among the k largest over all shards."""
+        if self.mesh.latents.size == 1:
+            return largest
+        values = largest.read(h).view(len(h), -1)
+        missing = min(k, len(self.silent)) - values.shape[1]  # where another shard has more to choose from
+        among = self.mesh.is_among_largest(F.pad(values, (0, missing), value=-torch.inf), k)
+        return largest.where(among[:, : values.shape[1]].reshape(-1))
 
     def write_gate(self, sae: SAE[Any]) -> None:
         pass
@@ -452,7 +456,9 @@ class ThresholdTrainee(SparseTrainee):
     def choose(self, h: Tensor) -> sparse.Entries:
         share, threshold, scale = 1 - 0.5 * self.surrogate.bandwidth, self.log_threshold.detach().exp(), None
         if self.mesh.latents.size > 1 and self.k is not None:
-            scale = sample_scale(self.mesh.largest(h.float() / threshold, self.k + 1), self.k)
+            mine = sparse.Entries.largest(h, self.k + 1, threshold)
+            relative = mine.read(h) * threshold.reciprocal().index_select(0, mine.latents)
+            scale = sample_scale(self.mesh.largest(relative.view(len(h), -1), self.k + 1), self.k)
         entries, scale = sparse.Entries.above(h, threshold, share=share, k=self.k, alpha=self.alpha, scale=scale)
         self.follow = None if scale is None else scale**self.alpha
         return entries

@@ -274,8 +274,8 @@ def harvest_all(
     }
     configs = {hook: config | {"hook": host.hook_point(hook).name} for hook in folders}
     stores = {hook: _Filling(folder, configs[hook], ranks) for hook, folder in folders.items()}
-    found = {hook: [store.meta["config_hash"], store.first] for hook, store in stores.items()}
-    ranks.agree("settings or stored shards", config_hash(found))
+    found = {hook: [str(store.path), store.meta["config_hash"], store.first] for hook, store in stores.items()}
+    ranks.agree("folders, settings or stored shards", config_hash(found))
     todo = [store for store in stores.values() if not store.meta["complete"]]
     if todo:
         keep_pages()
@@ -490,6 +490,12 @@ def _write(
     for store, *found in zip(stores, *ranks.gather(mine), strict=True):
         written = [each for each in found if each is not None]
         store.extend([entry for entry, _ in written])
+        unseen = [entry["file"] for entry, _ in written if not (store.path / entry["file"]).exists()]
+        if missing := [file for each in ranks.gather(unseen) for file in each]:
+            raise ValueError(
+                f"{store.path} is not one folder to all ranks: {missing[0]} was written by one and is not there for another; "
+                "choose a folder on a file system that they share"
+            )
         if sum(shard["rows"] for shard in store.meta["shards"]) >= store.n_tokens:
             store.complete(written[-1][1])
         elif read is not None:

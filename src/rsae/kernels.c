@@ -156,11 +156,11 @@ static void keep_largest(const uint16_t *h, const float *inverse, i64 n, i64 k, 
     for (; kept < k; kept++) found[kept] = (int32_t)kept; /* a row with nan, which is no larger than anything */
 }
 
-/* For each row: the scale s (midpoint of the k-th and (k+1)-th largest relative value, or 1 where k is 0), the edge lowest * s^alpha,
- * and how many relative values are above it. With `exact` the edge is the k-th largest and k entries count. The latents of a row with
+/* For each row: the scale s (`given`, or the midpoint of the k-th and (k+1)-th largest relative value, or 1 where k is 0), the edge
+ * lowest * s^alpha, and how many relative values are above it. With `exact` the edge is the k-th largest and k entries count. The latents of a row with
  * no more than `room` entries are put into its part of `scratch`; with `exact` there is room for k. */
 void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64 k, float alpha, float lowest, i64 exact,
-                   float smallest, float *scale, float *edge, i64 *count, i64 room, int32_t *scratch) {
+                   float smallest, const float *given, float *scale, float *edge, i64 *count, i64 room, int32_t *scratch) {
 #pragma omp parallel
   {
     float *values = malloc((2 * n + 1) * sizeof(float)), guess = 0.0f;
@@ -170,7 +170,9 @@ void count_entries(i64 size, i64 n, const uint16_t *h, const float *inverse, i64
         const uint16_t *here = h + row * n;
         float s = 1.0f, kth = -INFINITY, next = 0.0f, listed = INFINITY;
         i64 m = 0;
-        if (k > 0) {
+        if (given) {
+            s = given[row];
+        } else if (k > 0) {
             if (k < n) m = two_largest(here, inverse, n, k, found, values, key, &guess, &listed, &kth, &next);
             s = k < n ? 0.5f * (kth + next) : 0.0f;
             if (!(s > smallest)) s = smallest;

@@ -45,10 +45,11 @@ class Kernels(Protocol):
         share: float = 1.0,
         smallest: float = 0.0,
         exact: bool = False,
+        given: Float[Tensor, "batch 1"] | None = None,
     ) -> tuple[Float[Tensor, "batch 1"], Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
         """The entries with h * inverse > share * s^alpha, and s.
 
-        s is the midpoint of the k-th and the (k+1)-th largest h * inverse of a row, at least `smallest`; 1 without a k.
+        s is the midpoint of the k-th and the (k+1)-th largest h * inverse of a row, at least `smallest`; 1 without a k; or `given`.
         `exact`: the k largest of each row instead, k < d_sae, and of equal ones the first.
 
         Returns:
@@ -174,6 +175,7 @@ class Compiled:
         share: float = 1.0,
         smallest: float = 0.0,
         exact: bool = False,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, d_sae = h.shape
         # Whatever torch's default dtype is
@@ -182,8 +184,8 @@ class Compiled:
         room = k or 0 if exact else min(d_sae, max(ROOM, 4 * (k or 0)))
         found = torch.empty(batch, room, dtype=torch.int32)
         self.call(
-            "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, scale, edge,
-            count, room, found,
+            "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, given, scale,
+            edge, count, room, found,
         )  # fmt: skip
         offsets = count.cumsum(0) - count
         n = int(count.sum())

@@ -7,6 +7,7 @@ in latents alone see the same samples. One process is the 1 x 1 grid, in which n
 from __future__ import annotations
 
 import copy
+import errno
 import math
 import shutil
 import warnings
@@ -36,13 +37,16 @@ class Axis(NamedTuple):
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    ranks: Ranks = Ranks()
+    """All that there are: one that is lost is said to be."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over the axis. Without a gradient."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone()
-        dist.all_reduce(total, group=self.group)
+        with self.ranks.lost():
+            dist.all_reduce(total, group=self.group)
         return total
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -54,8 +58,15 @@ class Axis(NamedTuple):
         if self.size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.detach().contiguous(), group=self.group)
+        with self.ranks.lost():
+            dist.all_gather(parts, tensor.detach().contiguous(), group=self.group)
         return parts
+
+    def sum_into(self, tensors: list[Tensor]) -> None:
+        """Put the sums over the axis in the place of tensors, all at once."""
+        with self.ranks.lost():
+            for work in [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]:
+                work.wait()  # type: ignore[union-attr]
 
 
 class _Sum(torch.autograd.Function):
@@ -83,9 +94,10 @@ class Mesh(NamedTuple):
         """The grid of all ranks with the latents in so many shards.
 
         Raises:
-            ValueError: the ranks cannot be divided so.
+            ValueError: the ranks cannot be divided so, or ask for different grids.
         """
         ranks = Ranks.current()
+        ranks.agree("shards of the latents", str(latent_shards))
         if latent_shards < 1 or ranks.world % latent_shards:
             raise ValueError(
                 f"{ranks.world} ranks cannot hold the latents in {latent_shards} shards each: the number of ranks must be a "
@@ -99,7 +111,7 @@ class Mesh(NamedTuple):
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         devices = init_device_mesh(kind, shape, mesh_dim_names=("data", "latents"))
         data, latents = (
-            Axis(size, devices.get_local_rank(name), devices.get_group(name))
+            Axis(size, devices.get_local_rank(name), devices.get_group(name), ranks)
             for size, name in zip(shape, ("data", "latents"), strict=True)
         )
         return cls(data, latents, devices, ranks)
@@ -137,8 +149,7 @@ class Mesh(NamedTuple):
             if axis.size == 1:
                 continue
             gradients = [p.grad for p in of if p.grad is not None]
-            for work in [dist.all_reduce(gradient, group=axis.group, async_op=True) for gradient in gradients]:
-                work.wait()  # type: ignore[union-attr]
+            axis.sum_into(gradients)
             for gradient in gradients:
                 gradient /= divide
 
@@ -163,12 +174,23 @@ class Mesh(NamedTuple):
         return result  # type: ignore[return-value]
 
     def save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Write tensors by name to a folder of safetensors, each rank what it holds."""
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+        """Write tensors by name to a folder of safetensors, each rank what it holds.
 
-        with _alone_is_meant():
+        Raises:
+            OSError: it could not be written, on whichever rank: a full disk, usually.
+            ConnectionError: another rank has died.
+        """
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        with _alone_is_meant(), self.ranks.lost():
             writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-            save(self._placed(tensors), storage_writer=writer, no_dist=self.devices is None)
+            try:
+                save(self._placed(tensors), storage_writer=writer, no_dist=self.devices is None)
+            except CheckpointException as error:  # no Exception to Python, and no reason that a reader finds
+                rank, (reason, _) = next(iter(error.failures.items()))
+                number = reason.errno if isinstance(reason, OSError) else None
+                raise OSError(number or errno.EIO, f"rank {rank} could not write {path} ({reason})") from error
 
     def load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Read into tensors what any number of ranks saved under their names."""

@@ -588,6 +588,7 @@ class Ledger:
             ValueError: the folder holds another run, something else, or a finished run whose files have changed; the ranks are not
                 of one run.
         """
+        mesh.ranks.agree("folders", str(folder))
         mesh.ranks.agree("teachers, texts or settings", config_hash(json.loads(json.dumps(identity))))
         ledger = mesh.once(lambda: cls._open(folder, identity, command, may_hold))
         ledger.writes = mesh.ranks.is_main

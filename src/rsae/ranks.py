@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,14 +16,17 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives them up."""
+"""How long a rank waits, in the middle of work that all do alike, before it gives the others up."""
+PATIENCE = timedelta(days=1)
+"""How long it waits where one works alone, loads a model, measures, puts a large checkpoint together. A rank that dies closes its
+connections, and is not waited for."""
 
 
 class Ranks(NamedTuple):
     """This process among those of the run. Alone it is rank 0 of 1, and no method waits for anybody.
 
     The methods that pass values are collective: every rank calls them, in the same order and from one thread. They raise
-    ConnectionError if another rank has died or is silent for `TIMEOUT`.
+    ConnectionError if another rank has died or is silent for `PATIENCE`.
     """
 
     rank: int = 0
@@ -57,7 +61,9 @@ class Ranks(NamedTuple):
                 backend = "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=TIMEOUT)
             atexit.register(dist.destroy_process_group)  # or its threads may end the process with an abort
-        return cls(dist.get_rank(), dist.get_world_size())
+        if dist.get_world_size() == 1:
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), _patient())
 
     @property
     def is_main(self) -> bool:
@@ -69,7 +75,7 @@ class Ranks(NamedTuple):
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        with self._lost():
+        with self.lost():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -78,7 +84,7 @@ class Ranks(NamedTuple):
         if self.world == 1:
             return value
         values = [value]
-        with self._lost():
+        with self.lost():
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
@@ -108,13 +114,21 @@ class Ranks(NamedTuple):
 
     def apart(self) -> Ranks:
         """The same ranks by connections of their own, for another thread. Collective."""
-        return self if self.world == 1 else self._replace(group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+        return self if self.world == 1 else self._replace(group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @contextmanager
-    def _lost(self) -> Iterator[None]:
+    def lost(self) -> Iterator[None]:
         """torch's error where a rank is lost, as one that says so."""
         try:
             yield
         except RuntimeError as error:
+            if self.world == 1:
+                raise
             reason = str(error).strip().splitlines()[0]
             raise ConnectionError(f"rank {self.rank} lost another rank of {self.world} ({reason})") from error
+
+
+@cache
+def _patient() -> Any:
+    """Connections on which a rank that works alone is waited for."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -69,9 +69,10 @@ class Entries:
             scale: s, if it is known: where h has some of the latents only.
         """
         inverse = None if threshold is None else threshold.float().reciprocal()
-        if scale is None and (lib := kernels.usable(h, dtype=torch.bfloat16)) is not None:
-            scale, *found = lib.select(h, inverse, k=k, alpha=alpha, share=share, smallest=SMALLEST)
-            return cls._found(h, *found), None if k is None else scale
+        if (lib := kernels.usable(h, dtype=torch.bfloat16)) is not None:
+            how = {"k": k, "alpha": alpha, "share": share, "smallest": SMALLEST}
+            found_scale, *found = lib.select(h, inverse, given=scale, **how)
+            return cls._found(h, *found), None if k is None else found_scale
         relative = h.float() if inverse is None else h.float() * inverse
         if k is None:
             return cls.of(relative > share), None
@@ -79,13 +80,26 @@ class Entries:
         return cls.of(relative > share * scale**alpha), scale
 
     @classmethod
-    def largest(cls, h: Float[Tensor, "batch d_sae"], k: int) -> Entries:
-        """The k largest of each row; of equal ones, any."""
+    def largest(
+        cls, h: Float[Tensor, "batch d_sae"], k: int, threshold: Float[Tensor, " d_sae"] | None = None
+    ) -> Entries:
+        """The k largest h, or h/threshold, of each row, k of them where there are as many; of equal ones, any."""
+        k = min(k, h.shape[1])
+        inverse = None if threshold is None else threshold.float().reciprocal()
         if (lib := kernels.usable(h, dtype=torch.bfloat16)) is not None and k < h.shape[1]:
-            return cls._found(h, *lib.select(h, None, k=k, exact=True)[1:])
-        top = h.topk(k, dim=1, sorted=False).indices
+            return cls._found(h, *lib.select(h, inverse, k=k, exact=True)[1:])
+        top = (h if inverse is None else h.float() * inverse).topk(k, dim=1, sorted=False).indices
         rows = torch.arange(len(h), device=h.device).repeat_interleave(k)
         return cls(rows, top.view(-1), (h.shape[0], h.shape[1]))
+
+    def where(self, mask: Bool[Tensor, " n"]) -> Entries:
+        """Those of these entries for which `mask` is true."""
+        values = None if self.values is None else self.values[mask]
+        return Entries(self.rows[mask], self.latents[mask], self.shape, values)
+
+    def read(self, h: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " n"]:
+        """What h has at these entries."""
+        return h.view(-1)[self.flat].float() if self.values is None else self.values
 
     @classmethod
     def _found(cls, h: Tensor, rows: Tensor, latents: Tensor, values: Tensor) -> Entries:
@@ -195,7 +209,7 @@ class _Encode(torch.autograd.Function):
     def forward(ctx: Any, dense: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Tensor:
         ctx.save_for_backward(x)
         ctx.entries = entries
-        return dense.view(-1)[entries.flat].float() if entries.values is None else entries.values.clone()
+        return entries.read(dense).clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

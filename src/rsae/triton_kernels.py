@@ -121,12 +121,14 @@ def select(
     share: float = 1.0,
     smallest: float = 0.0,
     exact: bool = False,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, d_sae = h.shape
     top = h.new_zeros(batch, 2, dtype=torch.float32)
-    if k is not None and k < d_sae:
+    if given is None and k is not None and k < d_sae:
         top = _two_largest(h, inverse, k)
     scale = torch.ones_like(top[:, :1]) if k is None else top.mean(1, keepdim=True).clamp(min=smallest)
+    scale = scale if given is None else given
     edge = top[:, 0].contiguous() if exact else (share * scale**alpha).squeeze(1)
     count, ties = h.new_empty(batch, dtype=torch.int64), None
     _launch(_count_kernel, (batch,), h, inverse, edge, d_sae, count, BLOCK=BLOCK)
