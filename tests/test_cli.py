@@ -1,6 +1,7 @@
 """The command line: help, version, exit codes, one line on stderr, and the fit command's files."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,6 +16,44 @@ def rsae(*args, **kwargs):
     return subprocess.run(
         [sys.executable, "-m", "rsae.cli", *map(str, args)], capture_output=True, text=True, timeout=120, **kwargs
     )
+
+
+def torchrun(*args, **kwargs):
+    """The command in two processes, on the CPU."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rsae"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launch, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        **kwargs,
+    )
+
+
+@pytest.mark.slow
+def test_commands_on_two_ranks(tmp_path):
+    given = ("--text", save_text(tmp_path / "t.jsonl"), "--hook", "blocks.1.hook_resid_post", "--tokens", 300)
+    refused = torchrun("harvest", "--host", "package:none", *given, "--out", tmp_path / "both")
+    assert refused.returncode != 0
+    assert "there are 2 ranks: start fewer, or harvest more tokens" in refused.stderr  # before there is a host
+    acts = tmp_path / "acts"
+    assert rsae("harvest", "--host", save_tiny(tmp_path / "host"), *given, "--out", acts).returncode == 0
+    teacher = tmp_path / "teacher"
+    done = rsae(
+        "pretrain", "topk", "--acts", acts, "--held-out", acts, "--out", teacher, "--d-sae", 40, "--l0", 4, "--steps", 5
+    )
+    assert done.returncode == 0, done.stderr
+    train = ("finetune", teacher, "--steps", 5, "--out", tmp_path / "control", "--held-out", acts)
+    refused = torchrun(*train, "--acts", "nowhere", "--batch-size", 63)
+    assert refused.returncode != 0
+    assert "rsae: error: a batch of 63 cannot be divided among 2 ranks" in refused.stderr  # before anything is read
+    assert not (tmp_path / "control").exists()
+    done = torchrun(*train, "--acts", acts, "--batch-size", 64)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"fine-tuned: {tmp_path / 'control'}"]  # by the first rank alone
+    assert (tmp_path / "control" / "sae_weights.safetensors").exists()
 
 
 def test_version():

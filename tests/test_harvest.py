@@ -137,6 +137,23 @@ def test_killed_in_the_first_shard_it_starts_again(host, text, tmp_path, monkeyp
     assert make(host, text, tmp_path / "acts").n_tokens == 500
 
 
+def test_two_stores_must_be_of_the_same_source(tmp_path):
+    about = {"hook": "blocks.1.hook_resid_post", "host": "gpt2", "host_fingerprint": "a", "dtype": "bfloat16"}
+    sinks = {"mean": [0.0], "median_norm": 1.0, "ratio": 3.0}
+
+    def store(**change):
+        return ActivationStore(tmp_path, {"d_in": 1, "config": about | change, "shards": [], "sinks": sinks})
+
+    store().check_same_source(store(host="folder/gpt2"))  # the same by its fingerprint
+    for change, message in (
+        ({"hook": "blocks.2.hook_resid_post"}, "give two of the same model and hook"),
+        ({"host": "pythia", "host_fingerprint": "b"}, "give two of the same model and hook"),
+        ({"dtype": "float32", "host_fingerprint": "b"}, "in bfloat16, .* in float32: harvest both in one dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store().check_same_source(store(**change))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_killed_outright_it_continues_to_the_same_bytes(host, text, tmp_path) -> None:
     make(host, text, tmp_path / "whole")
@@ -289,7 +306,7 @@ print((out / "refused").exists())
     for rank in "01":
         few, differ, made = (tmp_path / rank).read_text().splitlines()
         assert (
-            few == "128 tokens fill 1 of the shards of 128, and there are 2 ranks: start fewer, or make shards smaller"
+            few == "128 tokens fill 1 of the shards of 128, and there are 2 ranks: start fewer, or harvest more tokens"
         )
         assert differ.startswith("the ranks have different folders, settings or stored shards (rank 0: ")
         assert made == "False"

@@ -53,6 +53,9 @@ Teacher = Annotated[
     ),
 ]
 Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps of each fine-tuned arm.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", help="Tokens in a step; ranks that share the data divide them.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
 ContextLength = Annotated[int, typer.Option("--context-length", help="Tokens in a context.")]
 LatentShards = Annotated[
@@ -156,6 +159,7 @@ def upgrade(
     ] = "hard",
     penalty: Annotated[float | None, typer.Option(help="The paper recipe's price of l1; default 0.3.")] = None,
     steps: Steps = 1000,
+    batch_size: BatchSize = 2048,
     lr: Annotated[float | None, typer.Option(help="Learning rate of both fine-tuned arms; default 1e-3.")] = None,
     seed: Seed = 0,
     context_length: ContextLength = 256,
@@ -186,7 +190,7 @@ def upgrade(
             evaluation_tokens=evaluation_tokens,
             context_length=context_length,
             recipe=recipe,
-            finetune=FinetuneConfig(steps=steps, seed=seed, penalty=penalty, **rate),
+            finetune=FinetuneConfig(steps=steps, batch_size=batch_size, seed=seed, penalty=penalty, **rate),
         )
         mesh = Mesh.of(latent_shards)
         how: dict[str, Any] = {
@@ -254,11 +258,12 @@ def harvest(
     With several GPUs or machines: `torchrun --nproc-per-node 8 -m rsae harvest ...` writes the same shards.
     """
     with progress_shown() as progress:
-        from rsae.harvest import harvest_all
+        from rsae.harvest import check_ranks, harvest_all
         from rsae.hosts import load_host
         from rsae.ranks import Ranks
 
         ranks = Ranks.current()
+        check_ranks(ranks, tokens, context_length)
         with ranks.main_first():  # which converts a packaged model
             loaded = load_host(host)
         folders = {name: out / name for name in hook} if len(hook) > 1 else {hook[0]: out}
@@ -335,13 +340,14 @@ def finetune(
     ] = "matched-l0",
     penalty: Annotated[float | None, typer.Option(help="The price, for l0 and l1.")] = None,
     steps: Steps = 1000,
+    batch_size: BatchSize = 2048,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
     seed: Seed = 0,
     latent_shards: LatentShards = 1,
 ) -> None:
     """Stage 2 alone: train one arm. Arms with the same seed, steps and activations see the same batches."""
     with progress_shown() as progress:
-        from rsae.finetune import FinetuneConfig, check_topk_l0
+        from rsae.finetune import FinetuneConfig, check_mesh, check_topk_l0
         from rsae.finetune import finetune as run
         from rsae.harvest import ActivationStore
         from rsae.mesh import Mesh
@@ -349,6 +355,7 @@ def finetune(
 
         chosen: dict[str, Any] = {
             "steps": steps,
+            "batch_size": batch_size,
             "target_l0": l0,
             "seed": seed,
             "objective": objective,
@@ -356,11 +363,12 @@ def finetune(
         }
         if lr is not None:
             chosen["lr"] = lr
-        loaded, data, check = load_teacher(sae), ActivationStore.open(acts), ActivationStore.open(held_out)
+        config, mesh, loaded = FinetuneConfig(**chosen), Mesh.of(latent_shards), load_teacher(sae)
+        check_mesh(loaded.sae, config, mesh, out)
         check_topk_l0(loaded.sae, l0)
+        data, check = ActivationStore.open(acts), ActivationStore.open(held_out)
         data.check_same_source(check)
-        mesh = Mesh.of(latent_shards)
-        run(loaded.sae, data, FinetuneConfig(**chosen), held_out=check, out=out, progress=progress, mesh=mesh)
+        run(loaded.sae, data, config, held_out=check, out=out, progress=progress, mesh=mesh)
     if mesh.ranks.is_main:
         print(f"fine-tuned: {out}")
 

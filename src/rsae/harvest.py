@@ -95,7 +95,12 @@ class ActivationStore:
         return self.hook == hook and (self.host == host or config["host_fingerprint"] == fingerprint)
 
     def check_same_source(self, other: ActivationStore) -> None:
-        """Refuse (ValueError) a store of another model or hook."""
+        """Refuse (ValueError) a store of another model, hook or dtype."""
+        mine, theirs = self.meta["config"]["dtype"], other.meta["config"]["dtype"]
+        if mine != theirs:
+            raise ValueError(
+                f"{self.path} was harvested from a host in {mine}, {other.path} in {theirs}: harvest both in one dtype"
+            )
         if not self.is_of(other.host, other.meta["config"]["host_fingerprint"], other.hook):
             raise ValueError(
                 f"{self.path} holds activations of {self.host} at {self.hook}, {other.path} of {other.host} at {other.hook}: give "
@@ -252,12 +257,8 @@ def harvest_all(
         raise ValueError(f"each hook needs a folder of its own, and there must be one at least: {folders}")
     if n_tokens < 1 or context_length < 1:
         raise ValueError(f"n_tokens and context_length must be at least 1, not {n_tokens} and {context_length}")
-    shard_batches, shards = division(n_tokens, context_length, batch_size, shard_tokens)
-    if ranks.world > shards:
-        raise ValueError(
-            f"{n_tokens} tokens fill {shards} of the shards of {shard_tokens}, and there are {ranks.world} ranks: start fewer, or "
-            "make shards smaller"
-        )
+    check_ranks(ranks, n_tokens, context_length, batch_size, shard_tokens)
+    shard_batches, _ = division(n_tokens, context_length, batch_size, shard_tokens)
     config = {
         "host": host.spec,
         "host_fingerprint": host.fingerprint,
@@ -300,6 +301,18 @@ def division(
     """
     batches = max(1, round(shard_tokens / (batch_size * context_length)))
     return batches, -(-n_tokens // (batches * batch_size * context_length))
+
+
+def check_ranks(
+    ranks: Ranks, n_tokens: int, context_length: int = 256, batch_size: int = 16, shard_tokens: int = 65536
+) -> None:
+    """Refuse (ValueError) more ranks than a harvest has shards."""
+    shards = division(n_tokens, context_length, batch_size, shard_tokens)[1]
+    if ranks.world > shards:
+        raise ValueError(
+            f"{n_tokens} tokens fill {shards} of the shards of {shard_tokens}, and there are {ranks.world} ranks: start fewer, or "
+            "harvest more tokens"
+        )
 
 
 class Batch(NamedTuple):
