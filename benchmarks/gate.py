@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from importlib.metadata import distribution
 from importlib.util import module_from_spec, spec_from_file_location
 
 import torch
-from benchmarks.step import BATCH, D_SAE, median_ms, without_kernels
+from benchmarks.step import BATCH, D_SAE, without_kernels
+from benchmarks.timing import machine, median_ms
 
 from rsae.allocator import keep_pages
 from rsae.minimax import RationalFit, fit_gate
@@ -90,7 +90,7 @@ def main() -> None:
         "vs_plain": round(ms["gate_plain"] / ms["gate"], 1),
         "vs_rational_activations": round(ms["rational_activations"] / ms["gate"], 1),
         "ms": {name: round(value, 1) for name, value in ms.items()},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
     }
     if as_json:
         print(json.dumps(result))

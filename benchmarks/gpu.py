@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from benchmarks.gate import gates
-from benchmarks.step import L0, Activations, median_ms, ours, saelens, without_kernels
+from benchmarks.step import L0, Activations, ours, saelens, without_kernels
+from benchmarks.timing import median_ms
 
 D_IN, D_SAE, BATCH = 2304, 16384, 4096
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from benchmarks.timing import machine
 
 from rsae.allocator import keep_pages
 from rsae.artefacts import sha256_file, write_json, write_safetensors
@@ -125,7 +125,7 @@ def main() -> None:
         "vs_one_hook": round(times["three hooks"] / times["one hook"], 3),
         **{name: round(value, 4) for name, value in read.items()},
         "tokens_per_s": {name: round(tokens / value) for name, value in times.items()},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
     }
     if as_json:
         print(json.dumps(result))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.timing import machine
 
 GOALS_GB = {"upgrade": 3.0, "wide": 6.0}
 HOST, HOOK, TEXT = "package:smollm2-135m", "blocks.15.hook_resid_post", "package:sae-probes"
@@ -86,7 +85,7 @@ def main() -> None:
     result = {
         "peak_gb": {case: round(peak, 2) for case, peak in peaks.items()},
         "goal_gb": {case: GOALS_GB[case] for case in peaks},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
     }
     if arguments.json:
         print(json.dumps(result))

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 
-import torch
-from benchmarks.step import BATCH, D_IN, D_SAE, L0, Activations, floor, median_ms, ours
+from benchmarks.step import BATCH, D_IN, D_SAE, L0, Activations, floor, ours
+from benchmarks.timing import machine, median_ms
 
 from rsae.allocator import keep_pages
 from rsae.sparse import pre_activations
@@ -50,9 +49,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two sizes of each")
     arguments = parser.parse_args()
     keep_pages()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    where = machine()
     if not arguments.json:
-        print(f"a step of {BATCH} x {D_IN} -> {D_SAE}, L0 {L0}, but for what varies; {machine}")
+        print(f"a step of {BATCH} x {D_IN} -> {D_SAE}, L0 {L0}, but for what varies; {where}")
     found: dict[str, dict[int, dict[str, float]]] = {}
     for name, sizes in (QUICK if arguments.quick else SWEEPS).items():
         found[name] = {}
@@ -64,7 +63,7 @@ def main() -> None:
                     f"{row['vs_floor']:>8.2f} floors"
                 )
     if arguments.json:
-        print(json.dumps({"sweeps": found, "machine": machine}))
+        print(json.dumps({"sweeps": found, "machine": where}))
 
 
 if __name__ == "__main__":

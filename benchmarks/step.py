@@ -4,32 +4,35 @@
 
 The floor is what no implementation can leave out: one dense encoder product in bfloat16, one pass of Adam over the weights, and
 one pass over the pre-activations. "plain" is our step by what torch alone has; "naive" the same loss by autograd, with every latent
-of every token. SAELens' step is its own TopKTrainingSAE forward, loss and backward, with the same Adam.
+of every token. SAELens' step is its own TopKTrainingSAE forward, loss and backward, with the same Adam. Ours is all that the loop
+does in a step. They take turns, and ratios are medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import time
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import torch
+from benchmarks.timing import machine, ratio, taking_turns
 from sae_lens import SAE, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 
 from rsae import kernels
 from rsae.allocator import keep_pages
 from rsae.calibrate import calibrate
-from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, trainee_for
+from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, take_step, trainee_for
 from rsae.mesh import ALONE
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE
 from rsae.sparse import pre_activations
 
 D_IN, D_SAE, BATCH, L0 = 640, 5120, 2048, 32
+SIZES = ((D_IN, D_SAE, BATCH), (576, 4608, BATCH), (D_IN, D_SAE, 2 * BATCH))
+"""d_in, d_sae and batch; the first is what the names of --json are of."""
 
 
 class Activations:
@@ -55,16 +58,6 @@ class Activations:
         yield next(self.batches(batch_size, seed=1)), None
 
 
-def median_ms(step: Callable[[], object], runs: int = 12, warmup: int = 3) -> float:
-    """Median time of a call, in milliseconds."""
-    times = []
-    for _ in range(runs + warmup):
-        began = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - began))
-    return sorted(times[warmup:])[runs // 2]
-
-
 def _start(data: Activations, x: torch.Tensor) -> SAE[Any]:
     """An RSAE with hard support, made from a TopK that knows the dictionary, ready to train."""
     teacher = TopKSAE(TopKSAEConfig(d_in=data.d_in, d_sae=data.d_sae, k=data.l0))
@@ -79,19 +72,10 @@ def _start(data: Activations, x: torch.Tensor) -> SAE[Any]:
 def ours(data: Activations, x: torch.Tensor, device: str = "cpu") -> tuple[SparseTrainee, Callable[[], object]]:
     """The step of `rsae.finetune` for an RSAE with hard support."""
     trainee = trainee_for(_start(data, x), 1.0, FinetuneConfig(target_l0=data.l0)).to(device)
-    x = x.to(device)
+    x, mean = x.to(device), data.mean.to(device)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        result = trainee(trainee.inputs(x))
-        result.loss.backward()
-        optimizer.step()
-        trainee.constrain()
-        trainee.steer(result.l0, data.l0)
-
     assert isinstance(trainee, SparseTrainee)
-    return trainee, step
+    return trainee, lambda: take_step(trainee, optimizer, x, mean, data.l0)
 
 
 def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
@@ -159,41 +143,51 @@ def floor(x: torch.Tensor, d_sae: int = D_SAE) -> Callable[[], object]:
     return step
 
 
+def measure(d_in: int, d_sae: int, batch: int) -> dict[str, Any]:
+    """All of them at one size."""
+    data = Activations(d_in, d_sae)
+    x = next(data.batches(batch, seed=0))
+    trainee, step = ours(data, x)
+    times = taking_turns({
+        "rsae": step,
+        "floor": floor(x, d_sae),
+        "rsae_plain": without_kernels(step),
+        "rsae_naive": naive(data, x),
+        "saelens_fp32": saelens(data, x, autocast=False),
+        "saelens_bf16": saelens(data, x, autocast=True),
+    })  # fmt: skip
+    h = pre_activations(x - trainee.centre, trainee.W_enc, trainee.b_enc)
+    ms = {name: round(median(each), 1) for name, each in times.items()}
+    return {
+        "size": f"{batch} x {d_in} -> {d_sae}",
+        "tokens_per_s": round(1e3 * batch / ms["rsae"]),
+        "vs_saelens_fp32": ratio(times, "saelens_fp32", "rsae"),
+        "vs_saelens_bf16": ratio(times, "saelens_bf16", "rsae"),
+        "vs_floor": ratio(times, "rsae", "floor"),
+        "vs_plain": ratio(times, "rsae_plain", "rsae"),
+        "vs_naive": ratio(times, "rsae_naive", "rsae"),
+        "entries_per_token": round(len(trainee.choose(h).rows) / batch, 1),
+        "ms": ms,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
     keep_pages()
-    data = Activations()
-    x = next(data.batches(BATCH, seed=0))
-    trainee, step = ours(data, x)
-    ms = {
-        "rsae": median_ms(step),
-        "rsae_plain": median_ms(without_kernels(step)),
-        "rsae_naive": median_ms(naive(data, x), runs=5, warmup=1),
-        "saelens_fp32": median_ms(saelens(data, x, autocast=False), runs=5, warmup=1),
-        "saelens_bf16": median_ms(saelens(data, x, autocast=True), runs=5, warmup=1),
-        "floor": median_ms(floor(x)),
-    }
-    h = pre_activations(x - trainee.centre, trainee.W_enc, trainee.b_enc)
-    entries = len(trainee.choose(h).rows) / BATCH
-    result = {
-        "tokens_per_s": round(1e3 * BATCH / ms["rsae"]),
-        "vs_saelens_fp32": round(ms["saelens_fp32"] / ms["rsae"], 2),
-        "vs_saelens_bf16": round(ms["saelens_bf16"] / ms["rsae"], 2),
-        "vs_floor": round(ms["rsae"] / ms["floor"], 2),
-        "vs_plain": round(ms["rsae_plain"] / ms["rsae"], 2),
-        "vs_naive": round(ms["rsae_naive"] / ms["rsae"], 2),
-        "entries_per_token": round(entries, 1),
-        "ms": {name: round(value, 1) for name, value in ms.items()},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-    }
+    found = [measure(*size) for size in SIZES]
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps({**found[0], "others": found[1:], "machine": machine()}))
         return
-    print(f"step of {BATCH} x {D_IN} -> {D_SAE}, L0 {L0}, {entries:.0f} entries a token; {result['machine']}")
-    for name, value in ms.items():
-        print(f"  {name:<14}{value:>8.1f} ms  {value / ms['rsae']:>6.2f} x ours")
+    print(machine())
+    for row in found:
+        print(
+            f"step of {row['size']}, L0 {L0}, {row['entries_per_token']:.0f} entries a token: {row['vs_floor']} floors"
+        )
+        for name, value in row["ms"].items():
+            times = row.get(f"vs_{name.removeprefix('rsae_')}")
+            print(f"  {name:<14}{value:>8.1f} ms" + ("" if name in ("rsae", "floor") else f"  {times:>6.2f} x ours"))
 
 
 if __name__ == "__main__":

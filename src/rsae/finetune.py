@@ -181,6 +181,13 @@ class Trainee(nn.Module, ABC):
         weights = [p for p in self.parameters() if p.requires_grad and id(p) not in in_gate]
         return {"weights": weights, **gate}
 
+    def for_ranks(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """All that trains, whose gradients are averaged over the batch, and what of it all shards of the latents have alike."""
+        trained = [p for part in self.parts().values() for p in part if p.requires_grad]
+        gate = {id(p) for part in self.gate_parts().values() for p in part}
+        alike = [p for name, p in self.named_parameters() if id(p) in gate and not is_per_latent(name, p)]
+        return trained, alike
+
     def inputs(self, raw: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """A batch of activations in training units; sets `row_scale`. The same functions as SAELens applies at run time."""
         if self.normalize not in NORMALISED:
@@ -757,6 +764,35 @@ def finetune(
     return (part if folder is None or mesh.devices is None else folder.result()).to(like.device, like.dtype)
 
 
+def take_step(
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    raw: Float[Tensor, "batch d_in"],
+    mean: Float[Tensor, " d_in"],
+    target: float | None,
+) -> Float[Tensor, " 4"]:
+    """One step of the loop, on this rank's share of a batch of activations; with a `target`, L0 is moved towards it.
+
+    Returns:
+        Of the whole batch: loss, squared error, variance about `mean` (both summed over d_in, a token's share), L0.
+    """
+    mesh = trainee.mesh
+    optimizer.zero_grad()
+    result = trainee(trainee.inputs(raw))
+    result.loss.backward()
+    if mesh.devices is not None:
+        mesh.sum_gradients(*trainee.for_ranks())
+    optimizer.step()
+    trainee.constrain()
+    variance = F.mse_loss(raw, mean.expand_as(raw), reduction="sum") / (len(raw) * trainee.error_unit**2)
+    found = mesh.data.mean(
+        torch.stack([result.loss.detach(), result.squared_error.detach(), variance, result.l0.detach()])
+    )
+    if target is not None:
+        trainee.steer(found[3], target)
+    return found
+
+
 def _train(
     trainee: Trainee,
     data: Store,
@@ -775,10 +811,7 @@ def _train(
     gate = [parameter for part in parts.values() for parameter in part]
     groups = [{"params": body, "rate": config.lr}, {"params": gate, "rate": config.gate_lr}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99), fused=True)
-    mesh, trained = trainee.mesh, [*body, *gate]
-    replicated = [
-        p for name, p in trainee.named_parameters() if any(p is q for q in gate) and not is_per_latent(name, p)
-    ]
+    mesh = trainee.mesh
 
     def batches(start: int) -> Iterator[Tensor]:
         share = {"rank": mesh.data.rank, "world": mesh.data.size}
@@ -790,22 +823,11 @@ def _train(
     sums, counted, began = torch.zeros(4, device=mesh.device), 0, time.perf_counter()
     for step, raw in zip(range(first, config.steps), batches(first), strict=False):
         raw = raw.to(mesh.device, non_blocking=True)
-        x = trainee.inputs(raw)
         if step == 0:
-            trainee.begin(x)
+            trainee.begin(trainee.inputs(raw))
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config)
-        optimizer.zero_grad()
-        result = trainee(x)
-        result.loss.backward()
-        mesh.sum_gradients(trained, replicated)
-        optimizer.step()
-        trainee.constrain()
-        variance = ((raw - mean) / trainee.error_unit).square().sum() / len(raw)
-        losses = [result.loss.detach(), result.squared_error.detach(), variance, result.l0]
-        found = mesh.data.mean(torch.stack(losses))
-        if steers:
-            trainee.steer(found[3], target)
+        found = take_step(trainee, optimizer, raw, mean, target if steers else None)
         sums += found
         counted += 1
         done = step + 1
