@@ -22,7 +22,7 @@ COMPARISON_RULE = (
     "relative to the other's, delta_ce in nats per token; the verdict (on the control) is a tie where the interval "
     "holds 0, and for alive and dense within 0.1 percentage point"
 )
-_ROWS = 2048  # tokens encoded together: their latents (_ROWS, d_sae) are the largest tensor there is
+_LATENTS = 1 << 23  # latents of the tokens that are encoded together
 _VARIANTS = 16  # contexts that the host's later layers run at once, counting one for each arm
 Key = tuple[str, str]
 """(run, arm)."""
@@ -272,8 +272,9 @@ def _reconstruct(
 ) -> Float[Tensor, "n d_in"]:
     """x_hat of every row, added to the metrics on the way."""
     x_hat = torch.empty_like(x)
-    for start in range(0, len(x), _ROWS):
-        rows = slice(start, start + _ROWS)
+    together = max(1, _LATENTS // sae.cfg.d_sae)
+    for start in range(0, len(x), together):
+        rows = slice(start, start + together)
         part = x[rows].to(sae.W_dec.device)
         latents = sae.encode(part)
         if latents.is_sparse:  # SAELens' TopK can return COO

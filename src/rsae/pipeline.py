@@ -672,7 +672,7 @@ def _record(
 ) -> None:
     """metrics.json, gate.json and run.json of one upgraded teacher."""
     write_json(run / "metrics.json", metrics)
-    sample = next(iter(data.validation.iterate(4096)))[0]
+    sample = next(iter(data.validation.iterate(1024)))[0]
     write_json(run / "gate.json", gate_curves(arms, sample))
     trained = read_json(run / "rsae" / "finetune.json")[
         "config"
