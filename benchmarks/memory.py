@@ -10,7 +10,7 @@ Each case runs in a process of its own, and its peak is what the system says of 
               no host: what the loop itself takes
 
 All leave out most of a store's two buffers: the upgrades here read 40,000 tokens, the wide one none from a store. At the default
-1,000,000 they are 2 x 262,144 x d_in x 2 bytes, in a column of their own. Their sum is the most it can be: what an upgrade has freed
+1,000,000 they are 2 x 262,144 x d_in x 2 bytes, in a column of their own. Their sum is the most it can be: what an upgrade freed
 by then is used again. A peak, without them, above its goal ends the command with an error.
 """
 
