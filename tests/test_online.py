@@ -90,12 +90,29 @@ def test_start_is_the_kth_batch_and_seeds_repeat(online, start) -> None:
     assert not torch.equal(take(online, 1, seed=1)[0], take(online, 1)[0])
 
 
-def test_start_runs_the_host_for_one_buffer(online, monkeypatch) -> None:
+def test_the_host_runs_once_for_a_buffer(host, text, online, monkeypatch) -> None:
+    fresh = OnlineActivations(host, HOOK, text, buffer_tokens=512, rule_tokens=256, **SIZES)
     calls: list[int] = []
     run = Host.activations_at
     monkeypatch.setattr(Host, "activations_at", lambda *given: calls.append(1) or run(*given))
-    take(online, 1, start=30)
+    take(fresh, 1, start=30)
     assert len(calls) == 8  # passes of 64 tokens
+    take(fresh, 2, start=25, seed=1)  # the same buffer
+    assert len(calls) == 8
+    sample = take(fresh, 3)
+    trained = take(fresh, 20)  # a loop that has looked at a sample, then trains: two buffers more
+    assert len(calls) == 8 + 3 * 8
+    monkeypatch.undo()
+    for mine, expected in ((sample, take(online, 3)), (trained, take(online, 20))):
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+def test_iterators_beside_each_other_have_buffers_of_their_own(online) -> None:
+    one, two = take(online, 20), take(online, 20, seed=1, start=5)
+    beside = zip(online.batches(64, seed=0), online.batches(64, seed=1, start=5), strict=False)
+    for (a, b), expected_a, expected_b in zip(islice(beside, 20), one, two, strict=True):
+        assert torch.equal(a, expected_a)
+        assert torch.equal(b, expected_b)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

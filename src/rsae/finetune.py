@@ -774,7 +774,7 @@ def take_step(
     """One step of the loop, on this rank's share of a batch of activations; with a `target`, L0 is moved towards it.
 
     Returns:
-        Of the whole batch: loss, squared error, variance about `mean` (both summed over d_in, a token's share), L0.
+        Of the whole batch: loss; squared error and variance about `mean`, summed over d_in and averaged over tokens; L0.
     """
     mesh = trainee.mesh
     optimizer.zero_grad()

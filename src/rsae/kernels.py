@@ -183,6 +183,7 @@ class Compiled:
         count = torch.empty(batch, dtype=torch.int64)
         room = k or 0 if exact else min(d_sae, max(ROOM, 4 * (k or 0)))
         found = torch.empty(batch, room, dtype=torch.int32)
+        given = given if given is None else given.float().contiguous()
         self.call(
             "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, given, scale,
             edge, count, room, found,

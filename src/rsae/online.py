@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 
 import numpy as np
@@ -21,7 +23,8 @@ class OnlineActivations:
 
     Tokens are packed and left out as in a store, and the sink rule is that of a store of the same text. Batches come from a
     buffer: it is filled with the activations of the next contexts (the loop waits), drawn from in random order, and filled
-    again; at its end the text starts anew. Memory is 2 buffer_tokens d_in bytes.
+    again; at its end the text starts anew. Who begins where the last one stopped (a loop that has looked at a sample, then trains)
+    finds the buffer full. Memory is 2 buffer_tokens d_in bytes.
 
     Attributes: d_in, hook, sink_rule, mean (its mean: float32 (d_in,)), fingerprint (names the host and what is read).
     """
@@ -56,6 +59,7 @@ class OnlineActivations:
         pass_tokens = batch_size * context_length
         self._passes = max(1, round(buffer_tokens / pass_tokens))
         self._buffer_tokens = self._passes * pass_tokens
+        self._buffer: _Buffer | None = None
         first = [
             run_batch(host, [self.hook], contexts, number)[0].rows["activations"]
             for number, contexts in islice(self._once(), max(1, round(rule_tokens / pass_tokens)))
@@ -100,20 +104,33 @@ class OnlineActivations:
         draws = self._buffer_tokens // share
         first, skip = divmod(start, draws)
         stream = islice(self._endless(), rank + world * self._passes * first, None, world)
-        buffer = torch.empty(self._buffer_tokens, self.d_in, dtype=torch.bfloat16)
-        for filling in count(first):
-            held = 0
-            for number, contexts in islice(stream, self._passes):
-                x = self._run(number, contexts).rows["activations"]
-                buffer[held : held + len(x)] = x
-                held += len(x)
-            if held == 0:
-                raise ValueError(f"no token of {self.text!r} is kept: every one is special or a sink")
-            rng = np.random.default_rng([seed, filling])
-            order = np.concatenate([rng.permutation(held) for _ in range(-(-draws * share // held))])
-            for chosen in torch.from_numpy(order[: draws * share]).split(share)[skip:]:
-                yield buffer[chosen].float()
-            skip = 0
+        buffer, self._buffer = self._buffer, None  # an iterator beside this one makes its own
+        buffer = buffer or _Buffer(torch.empty(self._buffer_tokens, self.d_in, dtype=torch.bfloat16))
+        try:
+            for filling in count(first):
+                contexts = islice(stream, self._passes)
+                if buffer.of == (rank, world, filling):
+                    deque(contexts, maxlen=0)  # read, so that the stream is where it would be
+                else:
+                    self._fill(buffer, contexts)
+                    buffer.of = (rank, world, filling)
+                rng = np.random.default_rng([seed, filling])
+                order = np.concatenate([rng.permutation(buffer.held) for _ in range(-(-draws * share // buffer.held))])
+                for chosen in torch.from_numpy(order[: draws * share]).split(share)[skip:]:
+                    yield buffer.rows[chosen].float()
+                skip = 0
+        finally:
+            self._buffer = buffer
+
+    def _fill(self, buffer: _Buffer, contexts: Iterable[tuple[int, list[Context]]]) -> None:
+        """Run the host over these contexts."""
+        buffer.of, buffer.held = None, 0
+        for number, some in contexts:
+            x = self._run(number, some).rows["activations"]
+            buffer.rows[buffer.held : buffer.held + len(x)] = x
+            buffer.held += len(x)
+        if buffer.held == 0:
+            raise ValueError(f"no token of {self.text!r} is kept: every one is special or a sink")
 
     def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n d_in"], Int[Tensor, " n"]]]:
         """Once through the text in its order, at most `batch_size` rows at a time: (activations float32, document numbers)."""
@@ -139,3 +156,12 @@ class OnlineActivations:
     def _endless(self) -> Iterator[tuple[int, list[Context]]]:
         while True:
             yield from self._once()
+
+
+@dataclass
+class _Buffer:
+    """Rows that batches are drawn from, so many of them, and what they are: (rank, world, number of the filling)."""
+
+    rows: Float[Tensor, "n d_in"]
+    held: int = 0
+    of: tuple[int, int, int] | None = None
