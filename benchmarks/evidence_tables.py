@@ -205,7 +205,8 @@ def _strictly(cells: Sequence[Cell]) -> str:
 
 def _slower(cells: Sequence[Cell]) -> str:
     """What "equal compute" leaves unequal."""
-    ratios = [times["rsae"] / times["control"] for times in (cell["cost"]["seconds"] for cell in cells)]
+    times = [cell["cost"]["seconds"] for cell in cells]
+    ratios = [each["rsae"] / each["control"] for each in times if each["control"]]  # a few steps may take 0.0 s
     if not ratios:
         return ""
     return (

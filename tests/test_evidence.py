@@ -195,6 +195,15 @@ def test_a_cell_that_cannot_be_run_stands_in_the_table(bench, monkeypatch, tmp_p
     assert "| fvu | 0 | 0 | 0 | 1 |" in page
 
 
+def test_times_that_are_too_short_to_compare_are_left_out(bench):
+    say = sys.modules["benchmarks.evidence_tables"]._slower
+    cells = [
+        {"cost": {"seconds": {"control": c, "rsae": r}}} for c, r in ((0.0, 0.1), (2.0, 3.0), (1.0, 1.0), (1.0, 2.0))
+    ]
+    assert "1.50 times as long as its control's in the median of the cells (1.00 to 2.00" in say(cells)
+    assert say(cells[:1]) == ""
+
+
 def test_arms_too_far_apart_in_l0_have_failed(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "L0_TOLERANCE", -1.0)
     call(bench, monkeypatch, "--only", "relu")
