@@ -272,6 +272,30 @@ host, text = load_host({host.spec!r}, dtype=torch.float32, device="cpu"), {text!
 """
 
 
+def test_ranks_without_one_folder_are_refused_by_all(host, text, tmp_path) -> None:
+    """Folders of two names, and one name for what each rank has on a disk of its own."""
+    body = f"""
+os.chdir(Path({str(tmp_path)!r}))
+for own in (True, False):
+    folder = Path(f"rank-{{ranks.rank}}" if own else "acts")
+    try:
+        make_all(host, text, folder)
+    except ValueError as error:
+        print(error)
+    Path(f"disk-{{ranks.rank}}").mkdir(exist_ok=True)
+    os.chdir(f"disk-{{ranks.rank}}")
+"""
+    done = torchrun(tmp_path, ranks_code(host, text, body))
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        names, disks = (tmp_path / rank).read_text().splitlines()
+        assert names.startswith("the ranks have different folders, settings or stored shards (rank 0: ")
+        assert "is not one folder to all ranks: shard-0000" in disks
+        assert "choose a folder on a file system that they share" in disks
+        metas = list((tmp_path / f"disk-{rank}").rglob("meta.json"))
+        assert not any(json.loads(meta.read_text())["shards"] for meta in metas)
+
+
 def test_two_ranks_write_what_one_does(host, text, tmp_path, alone) -> None:
     """From nothing, to the end of the text, and on from what one process left; refusing what they cannot do."""
     with pytest.warns(UserWarning, match="ended after"):
