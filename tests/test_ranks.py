@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from launch import torchrun
 
@@ -44,6 +46,31 @@ except ValueError as error:
             "xr"[rank],
             "the ranks have different seed (rank 0: 0, rank 1: 1): start all with the same command and files",
         ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+def test_no_thread_of_a_connection_outlives_the_run(tmp_path) -> None:
+    """Not even where an error was caught that holds a frame, which holds the connections: such a thread may abort the process."""
+    before = """
+import atexit, pathlib
+def gloo():
+    return sum("gloo" in file.read_text() for file in pathlib.Path("/proc/self/task").glob("*/comm"))
+atexit.register(lambda: print(gloo()))
+"""
+    code = """
+def refused():
+    apart = ranks.apart()
+    apart.gather(1)
+    error = ValueError()  # whose traceback holds this frame, which holds the error
+    raise error
+try:
+    refused()
+except ValueError:
+    print(gloo() > 0)
+"""
+    done = torchrun(tmp_path, code, before=before)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text().split() for rank in "01"] == [["True", "0"]] * 2
 
 
 def test_a_lost_rank_is_said_and_not_waited_for(tmp_path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,8 +31,8 @@ class Ranks(NamedTuple):
 
     rank: int = 0
     world: int = 1
-    group: Any = None
-    """Connections between the ranks; None is torch's default group."""
+    connections: int = 0
+    """Which of `_groups`. What holds the group itself would keep it, and its threads, beyond the end of the run."""
 
     @classmethod
     def current(cls) -> Ranks:
@@ -60,10 +60,12 @@ class Ranks(NamedTuple):
                 torch.cuda.set_device(local)
                 backend = "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=TIMEOUT)
-            atexit.register(dist.destroy_process_group)  # or its threads may end the process with an abort
+            atexit.register(_leave)
         if dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), _patient())
+        if not _groups:
+            _groups.append(_patient())
+        return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +78,7 @@ class Ranks(NamedTuple):
             return [value]
         values: list[Any] = [None] * self.world
         with self.lost():
-            dist.all_gather_object(values, value, group=self.group)
+            dist.all_gather_object(values, value, group=_groups[self.connections])
         return values
 
     def broadcast(self, value: T) -> T:
@@ -85,7 +87,7 @@ class Ranks(NamedTuple):
             return value
         values = [value]
         with self.lost():
-            dist.broadcast_object_list(values, src=0, group=self.group)
+            dist.broadcast_object_list(values, src=0, group=_groups[self.connections])
         return values[0]
 
     def barrier(self) -> None:
@@ -114,7 +116,10 @@ class Ranks(NamedTuple):
 
     def apart(self) -> Ranks:
         """The same ranks by connections of their own, for another thread. Collective."""
-        return self if self.world == 1 else self._replace(group=dist.new_group(backend="gloo", timeout=PATIENCE))
+        if self.world == 1:
+            return self
+        _groups.append(_patient())
+        return self._replace(connections=len(_groups) - 1)
 
     @contextmanager
     def lost(self) -> Iterator[None]:
@@ -128,7 +133,16 @@ class Ranks(NamedTuple):
             raise ConnectionError(f"rank {self.rank} lost another rank of {self.world} ({reason})") from error
 
 
-@cache
+_groups: list[Any] = []
+"""Those on which a rank that works alone is waited for: the first for all, more by `Ranks.apart`."""
+
+
 def _patient() -> Any:
-    """Connections on which a rank that works alone is waited for."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _leave() -> None:
+    """Close all connections and end their threads: one that is still at work when the interpreter is gone aborts the process."""
+    _groups.clear()
+    gc.collect()  # an error that was caught may hold frames, and these a group
+    dist.destroy_process_group()
