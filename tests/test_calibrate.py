@@ -65,12 +65,23 @@ def test_one_threshold_where_the_k_largest_are_by_norm(make_teacher, x):
     assert mean_l0(sae, [x]) == pytest.approx(5.0, abs=2 / len(x))
 
 
-def test_no_active_latent_is_said(make_teacher, x):
+@pytest.mark.parametrize("support", ["hard", "dense"])
+def test_no_active_latent_is_said(make_teacher, x, support):
     teacher = make_teacher("standard")
     with torch.no_grad():
         teacher.b_enc.fill_(-1e6)
     with pytest.raises(ValueError, match="no latent is active"):
-        calibrate(RationalSAE.from_teacher(teacher), [x])
+        calibrate(RationalSAE.from_teacher(teacher, support=support), [x])
+
+
+def test_matching_refuses_thresholds_of_0(make_teacher, x):
+    sae = RationalSAE.from_teacher(make_teacher("standard"))
+    with pytest.raises(ValueError, match="no common factor of the thresholds gives an L0 of 3: too many of them are 0"):
+        match_l0(sae, [x], 3.0)
+    with torch.no_grad():
+        sae.gate.threshold[0] = 1.0
+    with pytest.raises(ValueError, match="too many of them are 0"):
+        match_l0(sae, [x], 3.0)
 
 
 def test_matching_refuses_a_dense_gate(make_teacher, x):
@@ -128,3 +139,12 @@ def test_gate_curves_draw_the_gates(family, x):
     close = (torch.tensor(curves["arms"]["init"]) - expected).abs() < 1e-4
     assert close.float().mean() > 0.99  # but for the one point at the edge, where the median latent's threshold decides
     assert sum(curves["pre_acts"]["counts"]) == 500 * 40
+
+
+def test_gate_curves_draw_a_dense_gate_where_samples_have_it(make_teacher, x):
+    """With k its scales are multiplied by the sample's own threshold: the jump stands at 1, and 2 comes out as 2."""
+    teacher = make_teacher("topk")
+    curves = gate_curves({"teacher": teacher, "init": RationalSAE.from_teacher(teacher, support="dense")}, x)
+    away = [0.0 < abs(at - 1) > 0.1 for at in curves["x"]]
+    found = torch.tensor(curves["arms"]["init"]) - torch.tensor(curves["arms"]["teacher"])
+    assert found[torch.tensor(away)].abs().max() < 0.05

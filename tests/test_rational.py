@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from rsae.minimax import fit_gate
-from rsae.rational import RationalGate, Surrogate, _horner, hard_edge, rational
+from rsae.rational import RationalGate, Surrogate, hard_edge, rational
 
 DOUBLE = torch.float64
 finite = st.floats(-1e4, 1e4, allow_nan=False, width=32)
@@ -97,9 +97,8 @@ def test_chunks_do_not_change_values_or_gradients(monkeypatch):
 def test_the_denominator_is_at_least_one_and_nothing_is_nan(den, h, C, seed):
     num = torch.randn(len(den) + 2, generator=torch.Generator().manual_seed(seed))
     h32 = torch.tensor(h)
-    u = (h32 / C).clamp(-1, 1)
-    Q = 1 + _horner(torch.tensor([0.0, *den]), u).abs()
-    assert bool((Q >= 1).all())
+    of_Q = RationalGate([1.0], den, C_in=C)((C * torch.linspace(-1, 1, 21)).clamp(max=C))
+    assert bool(((of_Q > 0) & (of_Q <= 1)).all())
     gate = RationalGate(num, den, C_in=C, C_out=C)
     out = gate(h32.requires_grad_())
     assert not bool(out.isnan().any())
@@ -305,3 +304,17 @@ class TestSurrogate:
         h = torch.ones(1)
         with pytest.raises(ValueError, match="curvature"):
             hard_edge(h, h, h, h > 0, Surrogate())
+
+
+def test_a_threshold_of_0_gets_no_gradient():
+    h, threshold = torch.tensor([5.0, 5.0, 0.5]), torch.tensor([0.0, 4.9, 0.5], requires_grad=True)
+    hard_edge(h, h, threshold, h > threshold, Surrogate(), torch.ones(3)).sum().backward()
+    assert threshold.grad is not None
+    assert threshold.grad[0] == 0
+    assert bool((threshold.grad[1:] != 0).all())
+
+
+def test_a_rational_that_exceeds_float32_is_refused():
+    fit = fit_gate("relu", (25, 20))
+    with pytest.raises(ValueError, match="exceeds float32 at the ends of its interval"):
+        gate_from(fit)

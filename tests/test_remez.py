@@ -36,6 +36,11 @@ def test_failure_is_an_exception():
         solve(Problem(lambda x: (x > 0) * 1.0, ((-1.0, 1.0),), 3, 2))
 
 
+def test_a_domain_without_a_reference_is_a_failure_too():
+    with pytest.raises(Failed):
+        solve(Problem(np.tanh, ((-1e-3, -9.99e-4), (1.0, 1000.0)), 9, 8))
+
+
 def test_extrema_of_a_kink_and_of_a_parabola():
     x, e = extrema(
         lambda x: np.where(x < 1, 0.5 - np.abs(x - 0.3), (x - 1.2) ** 2 - 1), np.linspace(0, 2, 21), [(0, 2)]

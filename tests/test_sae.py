@@ -16,7 +16,7 @@ from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 
 from rsae.minimax import fit_gate
-from rsae.sae import DELTA, THETA, RationalSAE, RationalSAEConfig, as_jumprelu, identity_numerator, save_sae
+from rsae.sae import DELTA, THETA, RationalSAE, RationalSAEConfig, as_jumprelu, copied, identity_numerator, save_sae
 
 FAMILIES = ["standard", "jumprelu", "topk"]
 
@@ -259,8 +259,9 @@ def test_dense_latents_without_a_threshold_are_relus(make_teacher, x) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("family", ["standard", "jumprelu"])
+@pytest.mark.parametrize("family", ["standard", "jumprelu", "topk"])
 def test_a_teacher_in_another_dtype(make_teacher, x, family, dtype) -> None:
+    """In bfloat16 the k-th and the (k+1)-th largest often tie."""
     teacher = make_teacher(family).to(dtype)
     sae = RationalSAE.from_teacher(teacher)
     assert sae.W_enc.dtype == dtype
@@ -579,6 +580,15 @@ def test_copies_are_equal_and_apart(make_teacher, x, tmp_path, way, normalize_ac
         assert torch.equal(sae(x), expected)
     assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert {n for n, _ in other.named_parameters()} == {n for n, _ in sae.named_parameters()}
+
+
+def test_a_copy_reshapes_heads_by_itself(make_teacher, x) -> None:
+    teacher = make_teacher(
+        "standard", reshape_activations="hook_z", metadata=SAEMetadata(hook_name="blocks.0.attn.hook_z")
+    )
+    heads, other = x.view(300, 3, D_IN // 3), copied(teacher)
+    with torch.no_grad():
+        assert torch.equal(other(heads), teacher(heads))
 
 
 def test_a_folded_sae_copies(x) -> None:

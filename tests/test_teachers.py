@@ -262,6 +262,8 @@ def test_an_unknown_key_of_a_rational_configuration(make_teacher, tmp_path) -> N
     ("architecture", "changes", "message"),
     [
         ("standard", {"activation_fn_str": "tanh-relu"}, "activation 'tanh-relu', which SAELens would read as relu"),
+        ("standard", {"activation_fn": "topk", "k": 5}, "activation 'topk' and architecture 'standard'"),
+        ("standard", {"activation_fn_str": "topk"}, "activation 'topk' and architecture 'standard'"),
         ("standard", {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm, which SAELens drops"),
         ("jumprelu", {"apply_b_dec_to_inputs": False}, "'apply_b_dec_to_inputs', which SAELens drops in silence"),
     ],
@@ -280,6 +282,9 @@ def test_what_saelens_would_drop_in_silence(make_teacher, tmp_path, architecture
         ("topk", {"k": D_SAE + 1}, "an integer k from 1 to d_sae"),
         ("topk", {"k": 3.5}, "an integer k from 1 to d_sae"),
         ("rational", {"num_coeffs": None}, "missing: num_coeffs"),
+        ("rational", {"alpha": None}, "missing: alpha"),
+        ("rational", {"k": 2.5}, "null or an integer from 1 to d_sae"),
+        ("rational", {"k": D_SAE + 1}, "null or an integer from 1 to d_sae"),
     ],
 )
 def test_what_saelens_would_fill_in(make_teacher, tmp_path, architecture, change, message) -> None:

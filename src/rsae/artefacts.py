@@ -96,9 +96,11 @@ def provenance() -> dict[str, Any]:
             versions[package] = None
     here = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
+        git: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 5, "check": True, "cwd": here}
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name], **git
+        )  # else it is that of a project around it
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         head = None
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 Activations = Iterable[Float[Tensor, "batch d_in"]]
+NONE_ACTIVE = "no latent is active on these activations: are they of the model and hook that the SAE is of?"
 
 
 @torch.no_grad()
@@ -84,6 +85,9 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float, mesh: Mesh = AL
 
     Thresholds (JumpReLU, rational with hard support) are multiplied by a common factor; a ReLU's b_enc and a gated SAE's b_gate get
     a common shift; a TopK is left as it is. Meant for the last per cent, after training has steered L0 close.
+
+    Raises:
+        ValueError: a dense gate; so many thresholds are 0, which no factor moves, that `l0` is out of reach; what `_edge` says.
     """
     sae = copied(sae)
     architecture = sae.cfg.architecture()
@@ -108,6 +112,11 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float, mesh: Mesh = AL
         return h
 
     edge = _edge(map(relative, activations), l0, mesh)
+    if threshold is not None and (not bool((mesh.whole(threshold) > 0).any()) or edge > 1e6):
+        raise ValueError(
+            f"no common factor of the thresholds gives an L0 of {l0:g}: too many of them are 0. Fine-tuning (rsae.finetune) gives "
+            "each latent a threshold first"
+        )
     if threshold is None:
         sae.get_parameter("b_gate" if architecture == "gated" else "b_enc").data.sub_(edge)
     else:
@@ -145,9 +154,7 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
             _require(len(found))
             active = torch.cat(found)
             if len(active) == 0:
-                raise ValueError(
-                    "no latent is active on these activations: are they of the model and hook that the SAE is of?"
-                )
+                raise ValueError(NONE_ACTIVE)
             top = active.sort().values[min(len(active) - 1, int(0.999 * len(active)))]
             gate.C_in.fill_(top)
             gate.C_out.fill_(top)
@@ -156,7 +163,10 @@ def calibrate(sae: RationalSAE, activations: Activations) -> RationalSAE:
     activations = list(activations)
     is_jump = _is_jump(sae)
     if not is_jump:
-        largest = max((float(pre_acts(sae, x).max()) for x in activations), default=1.0)
+        _require(len(activations))
+        largest = max(float(pre_acts(sae, x).max()) for x in activations)
+        if largest <= 0:
+            raise ValueError(NONE_ACTIVE)
         gate.C_in.fill_(largest)
         gate.C_out.fill_(largest)
     centres, weights = _histogram(sae, activations)
@@ -293,7 +303,8 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
         threshold = 0.0 if gate.threshold is None else gate.threshold.median()
         edge = unit if gate.alpha == 1 else threshold  # with alpha = 1 the sample's own k-th largest decides
         at = (grid * unit).to(gate.C_in.device)
-        values = gate.amplitude(at, gate.C_in.median(), gate.C_out.median()) / unit
+        tau = unit if gate.support == "dense" and gate.k is not None else 1.0  # what a sample multiplies its scales by
+        values = gate.amplitude(at, tau * gate.C_in.median(), tau * gate.C_out.median()) / unit
         curves[name] = torch.where(at > edge, values, 0.0) if gate.support == "hard" else values
     counts, edges = np.histogram((h / unit).clamp(-2, 8).cpu().numpy(), bins=200, range=(-2.0, 8.0))
     upgraded = arms.get("rsae")

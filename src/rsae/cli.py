@@ -315,14 +315,18 @@ def init(
         from itertools import islice
 
         from rsae.calibrate import calibrate
+        from rsae.finetune import check_trainable, check_width
         from rsae.harvest import ActivationStore
         from rsae.sae import RationalSAE, save_sae
         from rsae.teachers import load_teacher
 
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty: choose another --out")
-        sae = RationalSAE.from_teacher(load_teacher(teacher).sae, degree, support=support)
-        batches = ActivationStore.open(acts).batches(2048, seed=0)
+        store, read = ActivationStore.open(acts), load_teacher(teacher).sae
+        check_trainable(read)
+        check_width(read, store.d_in)
+        sae = RationalSAE.from_teacher(read, degree, support=support)
+        batches = store.batches(2048, seed=0)
         save_sae(calibrate(sae, list(islice(batches, 8))), out)
     print(f"RSAE: {out}")
 

@@ -632,6 +632,12 @@ def check_trainable(sae: SAE[Any]) -> None:
         )
 
 
+def check_width(sae: SAE[Any], d_in: int) -> None:
+    """Refuse activations of another width than the SAE's."""
+    if sae.cfg.d_in != d_in:
+        raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {d_in}: another model or hook?")
+
+
 def check_mesh(sae: SAE[Any], config: FinetuneConfig, mesh: Mesh, out: Path | None) -> None:
     """Refuse ranks that the SAE or its batches cannot be divided among."""
     if mesh.devices is not None and out is None:
@@ -718,8 +724,7 @@ def finetune(
         ValueError: d_in differs, the SAE cannot be trained with these settings, no latent of it is active, `out` holds another run,
             the loss is not finite, or the mesh does not fit.
     """
-    if sae.cfg.d_in != data.d_in:
-        raise ValueError(f"the SAE has d_in {sae.cfg.d_in} and the activations {data.d_in}: another model or hook?")
+    check_width(sae, data.d_in)
     if held_out.d_in != data.d_in:
         raise ValueError(
             f"activations to train on have d_in {data.d_in}, those held out {held_out.d_in}: another model or hook?"

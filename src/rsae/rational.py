@@ -255,7 +255,7 @@ class _HardEdge(torch.autograd.Function):
             price = -signals / weights.clamp(min=1)
         edge = window * (gain + price * weight) / torch.where(width > 0, width, 1.0)  # per unit of h
         d_h = surrogate.strength * edge if surrogate.strength else None
-        d_threshold = (-edge * (h / threshold.clamp(min=torch.finfo(h.dtype).tiny))).sum_to_size(threshold.shape)
+        d_threshold = (-edge * (h / torch.where(threshold > 0, threshold, 1.0))).sum_to_size(threshold.shape)
         return torch.where(on, grad, 0.0), d_h, d_threshold, None, None, None, None, None
 
 
@@ -402,7 +402,7 @@ class RationalGate(nn.Module):
             self.check()
 
     def check(self) -> None:
-        """Raise a ValueError if a scale or a threshold has a value that it must not have."""
+        """Raise a ValueError if a scale or a threshold has a value that it must not have, or the rational none in float32."""
         for name in ("C_in", "C_out"):
             value = getattr(self, name)
             if not bool((value > 0).all()):
@@ -411,6 +411,12 @@ class RationalGate(nn.Module):
             raise ValueError(f"thresholds must be >= 0; the smallest is {self.threshold.min().item()}")
         if self.threshold is not None and self.alpha > 0 and not bool((self.threshold > 0).all()):
             raise ValueError("thresholds that follow the sample (alpha > 0) must be positive; some are 0")
+        ends = (torch.tensor([-1.0, 1.0], device=self.num_fit.device) - self.centre) / self.scale
+        for coeffs in (self.num_coeffs.detach().float(), self.den_coeffs.detach().float()):
+            if len(coeffs) and bool(coeffs.isfinite().all()) and not bool(_horner(coeffs, ends).isfinite().all()):
+                raise ValueError(
+                    f"a rational of degree {self.degree} exceeds float32 at the ends of its interval: choose a lower one"
+                )
 
     @property
     def degree(self) -> tuple[int, int]:
@@ -470,15 +476,24 @@ class RationalGate(nn.Module):
                 return self.amplitude(h)
             tau = sample_scale(h.to(self.C_in.dtype), self.k)
             return self.amplitude(h, self.C_in * tau, self.C_out * tau)
-        threshold = self.sample_threshold(h)
-        on = h > threshold
+        on = self._is_on(h)
         if surrogate is not None:
+            threshold = self.sample_threshold(h)
             active = on.to(h.dtype).view(-1, h.shape[-1]).sum(0)
             share = active / active.sum().clamp(min=1)
             return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature, share)
         index = on.nonzero(as_tuple=True)
         values = self.amplitude(h[index], _at(self.C_in, index[-1]), _at(self.C_out, index[-1]))
         return torch.zeros_like(h).index_put(index, values)
+
+    def _is_on(self, h: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
+        """Which latents are active."""
+        if self.alpha < 1 or self.k is None or self.k >= h.shape[-1]:
+            return h > self.sample_threshold(h)
+        # By rank, not by the midpoint of two: in bfloat16 the k-th largest often ties with the next, and no tie is above that
+        assert self.threshold is not None
+        among = (h / self.threshold).topk(self.k, dim=-1, sorted=False).indices
+        return torch.zeros_like(h, dtype=torch.bool).scatter_(-1, among, True) & (h > 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RationalGate:
         """Moves between devices, and refuses to go below float32: bfloat16 coefficients would be another function."""

@@ -236,7 +236,9 @@ def _from_zolotarev(problem: Problem) -> Levelled:
             return _exchange(problem, start)
         except Failed as reason:
             reasons.append(str(reason))
-    raise Failed(max(set(reasons), key=reasons.count))
+    raise Failed(
+        max(set(reasons), key=reasons.count) if reasons else "no reference of p + q + 2 points fits the domain"
+    )
 
 
 def _starts(problem: Problem) -> Iterator[Array]:

@@ -309,9 +309,11 @@ def save_sae(sae: SAE[Any], folder: str | Path) -> None:
 
 
 def copied(sae: S) -> S:
-    """A copy that shares nothing: SAELens normalises inputs by functions that are bound to the SAE they were made for."""
+    """A copy that shares nothing: SAELens normalises and reshapes by functions that are bound to the SAE they were made for."""
     copy_ = copy.deepcopy(sae)
     copy_._setup_activation_normalization()
+    if copy_.cfg.reshape_activations == "hook_z":
+        copy_.turn_on_forward_pass_hook_z_reshaping()
     return copy_
 
 

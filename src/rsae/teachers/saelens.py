@@ -47,6 +47,7 @@ def read(path: Path) -> Reading:
             if architecture == "rational":
                 RationalSAEConfig.from_dict(config)  # refuses what SAELens would drop in silence
             sae = _load(path)
+            _refuse_another_gate(path / CFG, config, sae)
         else:
             known = ", ".join((*ARCHITECTURES, *TRAINING_ONLY))
             raise ValueError(f"{path}/{CFG}: architecture {architecture!r}; rsae upgrades {known}")
@@ -64,9 +65,24 @@ def _refuse_what_is_missing(file: Path, config: dict[str, Any], architecture: st
         if not isinstance(k, int) or not isinstance(d_sae, int) or not 1 <= k <= d_sae:
             raise ValueError(f"{file}: a TopK needs an integer k from 1 to d_sae = {d_sae}; it says {k!r}")
     elif architecture == "rational":
-        needed = ("num_coeffs", "den_coeffs", "centre", "scale", "support")
+        needed = ("num_coeffs", "den_coeffs", "centre", "scale", "C_in", "C_out", "support", "k", "alpha")
         if missing := [name for name in needed if name not in config]:
             raise ValueError(f"{file}: a rational gate needs {', '.join(needed)}; missing: {', '.join(missing)}")
+        k, d_sae = config["k"], config.get("d_sae")
+        if k is not None and not (isinstance(k, int) and isinstance(d_sae, int) and 1 <= k <= d_sae):
+            raise ValueError(
+                f"{file}: the k of a rational gate is null or an integer from 1 to d_sae = {d_sae}; it says {k!r}"
+            )
+
+
+def _refuse_another_gate(file: Path, config: dict[str, Any], sae: Any) -> None:
+    """SAELens makes a ReLU of a configuration that says topk where it does not look for it."""
+    activation = config.get("activation_fn_str", config.get("activation_fn"))
+    if activation == "topk" and sae.cfg.architecture() != "topk":
+        raise ValueError(
+            f"{file}: activation 'topk' and architecture {config.get('architecture', 'standard')!r}, which SAELens reads as "
+            f"{sae.cfg.architecture()!r}: set architecture to 'topk', and k beside it"
+        )
 
 
 def _load(path: Path) -> Any:
