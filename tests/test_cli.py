@@ -43,7 +43,7 @@ def test_commands_on_two_ranks(tmp_path):
     assert rsae("harvest", "--host", save_tiny(tmp_path / "host"), *given, "--out", acts).returncode == 0
     StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)).save_model(tmp_path / "narrow")
     refused = rsae("init", tmp_path / "narrow", "--acts", acts, "--out", tmp_path / "init")
-    assert "rsae: error: the SAE has d_in 8 and the activations 12: another model or hook?" in refused.stderr
+    assert "rsae: error: the SAE has d_in 8 and the activations 16: another model or hook?" in refused.stderr
     teacher = tmp_path / "teacher"
     done = rsae(
         "pretrain", "topk", "--acts", acts, "--held-out", acts, "--out", teacher, "--d-sae", 40, "--l0", 4, "--steps", 5
