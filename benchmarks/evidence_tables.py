@@ -231,7 +231,7 @@ def _page(evidence: dict[str, Any]) -> str:
     for name, found in settings.items():
         by_rate.setdefault(f"{found['finetune']['lr']:g}", []).append(name)
     rates = "; ".join(f"{rate} ({', '.join(names)})" for rate, names in by_rate.items())
-    millions = " and ".join(sorted({f"{cell['unique_tokens'] / 1e6:.2f}" for cell in cells}))
+    millions = " or ".join(sorted({f"{cell['unique_tokens'] / 1e6:.2f}" for cell in cells}))
     parts = [
         "# RSAE minus control: the evidence\n",
         f"`python -m benchmarks.evidence`, {ran_on(cells)}. Every number here is from "
@@ -418,6 +418,8 @@ def _headline(evidence: dict[str, Any]) -> str:
     said = ", ".join(f"{wins[metric]} in {metric}" for metric in METRICS)
     losses = {metric: sum(cell["verdict"][metric] == "loss" for cell in cells) for metric in METRICS}
     lost = ", ".join(f"{n} in {metric}" for metric, n in losses.items() if n) or "none"
+    failed = sum("failed" in cell["verdict"].values() for cell in cells)
+    lost += f"; {failed} failed, by the rules of the page" if failed else ""
     return (
         f"{table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32, "
         f"{millions:.1f} M tokens of fine-tuning in each arm, {ran_on(cells)}. Measured so far: {len(cells)} of "
