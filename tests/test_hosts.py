@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny_host import CONFIGS, save_tiny
 
 from rsae.hosts import Host, load_host, named_in_checkpoints
@@ -269,9 +270,13 @@ def test_defaults(tmp_path) -> None:
 
 
 def test_fingerprint_follows_the_weights(tmp_path) -> None:
-    one, two = save_tiny(tmp_path / "one"), save_tiny(tmp_path / "two", "gpt2")
-    assert load_host(str(one)).fingerprint == load_host(str(one)).fingerprint
-    assert load_host(str(one)).fingerprint != load_host(str(two)).fingerprint
+    folder = save_tiny(tmp_path / "host")
+    before = load_host(str(folder)).fingerprint
+    assert load_host(str(folder)).fingerprint == before
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert load_host(str(folder)).fingerprint != before
+    assert load_host(str(save_tiny(tmp_path / "other", "gpt2"))).fingerprint != before
 
 
 def test_hosts_that_cannot_be_loaded(tmp_path, monkeypatch) -> None:
@@ -282,6 +287,19 @@ def test_hosts_that_cannot_be_loaded(tmp_path, monkeypatch) -> None:
         load_host(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="unknown packaged model 'package:gpt5'"):
         load_host("package:gpt5")
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", b""):
+        (save_tiny(tmp_path / "pointer") / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read .*: cut short, or pointers of git-lfs"):
+            load_host(str(tmp_path / "pointer"))
+
+
+def test_what_the_hub_says_of_a_gated_host_is_passed_on(monkeypatch) -> None:
+    def refuse(*args, **kwargs):
+        raise OSError("You are trying to access a gated repo.\nAsk at https://hub/org/model.\n401 Client Error.")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    with pytest.raises(ValueError, match=r"gated repo\. Ask at https://hub/org/model\. 401 .*`hf auth login`"):
+        load_host("org/model")
 
 
 def test_a_missing_package_is_answered_with_the_command(tmp_path, monkeypatch) -> None:

@@ -150,15 +150,20 @@ def test_broken_rows_and_wrong_splits(tmp_path) -> None:
 def test_hub_data_is_streamed(monkeypatch) -> None:
     asked = []
 
-    def load_dataset(name, split, streaming):
-        asked.append((name, split, streaming))
-        return ({"text": text} for text in TEXTS)
+    def load_dataset(name, subset, split, streaming):
+        asked.append((name, subset, split, streaming))
+        return ({"text": text} for text in [None, *TEXTS])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     found = [doc for split in SPLITS for doc in documents("hf:org/data[train]", split=split)]
-    assert asked == [("org/data", "train", True)] * 3
+    assert asked == [("org/data", None, "train", True)] * 3
     assert sorted(doc.text for doc in found) == sorted(TEXTS)
     assert {doc.source for doc in found} == {"org/data"}
+    assert len(list(documents("hf:org/data:en[train]", split="train"))) > 0
+    assert asked[3] == ("org/data", "en", "train", True)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **b: [{"text": 3}]))
+    with pytest.raises(ValueError, match="text of row 0 is a int, expected a string"):
+        list(documents("hf:org/data[train]", split="train"))
 
 
 def test_text_fingerprint_follows_the_files(tmp_path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -27,6 +27,7 @@ def sessions(monkeypatch) -> list[Session]:
     opened: list[Session] = []
     stand_in = ModuleType("wandb")
     stand_in.init = lambda **about: opened.append(Session(**about)) or opened[-1]  # type: ignore[attr-defined]
+    stand_in.errors = SimpleNamespace(Error=ZeroDivisionError)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     return opened
 
@@ -48,6 +49,15 @@ def test_logs_and_metrics_of_both_arms(tmp_path, sessions) -> None:
     assert rsae.rows == [(10, {"step": 10, "loss": 0.1}), (20, {"step": 20, "loss": 0.05})]
     assert (control.summary, rsae.summary) == ({"fvu": 0.2}, {"fvu": 0.1})
     assert rsae.finished
+
+
+def test_nobody_is_logged_in(tmp_path, sessions, monkeypatch) -> None:
+    (tmp_path / "rsae").mkdir()
+    (tmp_path / "rsae" / "finetune.json").write_text('{"config": {}}')
+    (tmp_path / "rsae" / "log.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: 1 / 0)
+    with pytest.raises(ValueError, match="`wandb login` first, or set WANDB_MODE=offline"):
+        track(tmp_path)
 
 
 def test_no_run_folder(tmp_path, sessions) -> None:

@@ -44,7 +44,10 @@ Hook = Annotated[
     str, typer.Option("--hook", help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path).")
 ]
 Text = Annotated[
-    str, typer.Option("--text", help="package:sae-probes, a file or folder of text, or hf:DATASET[SPLIT].")
+    str,
+    typer.Option(
+        "--text", help="package:sae-probes, a file or folder of text, or hf:DATASET[SPLIT], hf:DATASET:CONFIG[SPLIT]."
+    ),
 ]
 Teacher = Annotated[
     str,
@@ -87,7 +90,9 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # not the parser's own complaint about options and arguments
             raise
-        _fail(f"{error.format_message()} (see rsae --help)")  # type: ignore[attr-defined]
+        if not (message := error.format_message()):  # help was asked for, by giving nothing
+            sys.exit(2)
+        _fail(f"{message} (see rsae --help)")
 
 
 def _fail(message: str) -> NoReturn:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rsae.artefacts import read_json, sha256_file, write_json
@@ -299,16 +300,20 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {spec!r} cannot be read ({error}): cut short, or pointers of git-lfs (git lfs pull)? Copy them again"
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load a language model from {spec!r} ({_first_line(error)}); expected a hub id, a local "
-            f"transformers directory, or one of {', '.join(_PACKAGES)}"
+            f"cannot load a language model from {spec!r} ({_one_line(error)}); expected a hub id (of a model that is gated: accept "
+            f"its licence on its page, then `hf auth login`), a local transformers directory, or one of {', '.join(_PACKAGES)}"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{spec!r} has no usable tokenizer ({_first_line(error)}); save one beside the weights with "
+            f"{spec!r} has no usable tokenizer ({_one_line(error)}); save one beside the weights with "
             "tokenizer.save_pretrained"
         ) from error
     is_centred = spec.startswith(CENTRED)
@@ -440,5 +445,5 @@ def _row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -59,7 +59,7 @@ def documents(spec: str, *, split: Split = "train") -> Iterator[Document]:
     Args:
         spec: `package:sae-probes` (training text from its non-probing sets, validation and evaluation text from others,
             see `sae_probes_documents`); a file or a folder of .txt, .jsonl, .csv, .csv.zst, .parquet (tables: a column
-            `text`, `prompt` or `content`); or `hf:dataset[split]`, streamed from the hub, column `text`.
+            `text`, `prompt` or `content`); or `hf:dataset[split]` or `hf:dataset:config[split]`, streamed from the hub, column `text`.
         split: files, folders and hub data are divided by a hash of the text: 90% train, 5% validation, 5% evaluation.
 
     Raises:
@@ -352,23 +352,32 @@ def _text_column(columns: list[str], file: Path) -> str:
 
 
 def _hub_documents(spec: str) -> Iterator[Document]:
-    """hf:name[split] -> its column `text`, streamed."""
-    match = re.fullmatch(r"hf:([^\[\]]+)\[([^\[\]]+)\]", spec)
+    """hf:name[split] or hf:name:config[split] -> its column `text`, streamed."""
+    match = re.fullmatch(r"hf:([^\[\]:]+)(?::([^\[\]:]+))?\[([^\[\]]+)\]", spec)
     if match is None:
-        raise ValueError(f"cannot read {spec!r}: expected hf:dataset[split], as in hf:NeelNanda/pile-10k[train]")
+        raise ValueError(
+            f"cannot read {spec!r}: expected hf:dataset[split] or hf:dataset:config[split], as in hf:NeelNanda/pile-10k[train] and "
+            "hf:allenai/c4:en[train]"
+        )
+    name, subset, part = match.groups()
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(f"{spec} needs the package datasets; install it with: pip install datasets") from None
     try:
-        rows = load_dataset(match[1], split=match[2], streaming=True)
-    # A dataset that needs code of its own, or has no such split; no network is an OSError
+        rows = load_dataset(name, subset, split=part, streaming=True)
+    # A dataset that needs code of its own or a config, or has no such split; no network is an OSError
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot read {spec!r} from the hub: {error}") from error
     for number, row in enumerate(rows):
         if "text" not in row:
             raise ValueError(f"{spec} has no column text; its columns are {', '.join(row)}")
-        yield Document(f"{match[1]}:{number}", match[1], row["text"])
+        text = row["text"]
+        if text is None:  # as an empty cell of a table is left out
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"{spec}: text of row {number} is a {type(text).__name__}, expected a string")
+        yield Document(f"{name}:{number}", name, text)
 
 
 def _digest(text: str) -> bytes:

@@ -18,7 +18,7 @@ def track(run: str | Path, project: str = "rsae") -> int:
         The number of arms logged.
 
     Raises:
-        ValueError: wandb is not installed, or the folder holds no finished arm.
+        ValueError: wandb is not installed, or nobody is logged in to it; the folder holds no finished arm.
     """
     try:
         import wandb
@@ -31,7 +31,12 @@ def track(run: str | Path, project: str = "rsae") -> int:
     metrics: dict[str, Any] = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     for arm in arms:
         config = read_json(run / arm / "finetune.json")["config"]
-        session = wandb.init(project=project, group=run.name, name=f"{run.name}-{arm}", config=config)
+        try:
+            session = wandb.init(project=project, group=run.name, name=f"{run.name}-{arm}", config=config)
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"W&B does not take the run ({error}): `wandb login` first, or set WANDB_MODE=offline"
+            ) from error
         for line in (run / arm / "log.jsonl").read_text().splitlines():
             row = json.loads(line)
             session.log(row, step=row["step"])
