@@ -46,7 +46,7 @@ Hook = Annotated[
 Text = Annotated[
     str,
     typer.Option(
-        "--text", help="package:sae-probes, a file or folder of text, or hf:DATASET[SPLIT], hf:DATASET:CONFIG[SPLIT]."
+        "--text", help="package:sae-probes, a file or folder of text, hf:DATASET[SPLIT] or hf:DATASET:CONFIG[SPLIT]."
     ),
 ]
 Teacher = Annotated[
@@ -90,7 +90,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # not the parser's own complaint about options and arguments
             raise
-        if not (message := error.format_message()):  # help was asked for, by giving nothing
+        if not (message := error.format_message()):  # type: ignore[attr-defined]  # help was asked for, by giving nothing
             sys.exit(2)
         _fail(f"{message} (see rsae --help)")
 

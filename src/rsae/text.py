@@ -59,7 +59,8 @@ def documents(spec: str, *, split: Split = "train") -> Iterator[Document]:
     Args:
         spec: `package:sae-probes` (training text from its non-probing sets, validation and evaluation text from others,
             see `sae_probes_documents`); a file or a folder of .txt, .jsonl, .csv, .csv.zst, .parquet (tables: a column
-            `text`, `prompt` or `content`); or `hf:dataset[split]` or `hf:dataset:config[split]`, streamed from the hub, column `text`.
+            `text`, `prompt` or `content`); or `hf:dataset[split]` or `hf:dataset:config[split]`, streamed from the hub, column
+            `text`.
         split: files, folders and hub data are divided by a hash of the text: 90% train, 5% validation, 5% evaluation.
 
     Raises:

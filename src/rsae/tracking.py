@@ -33,7 +33,7 @@ def track(run: str | Path, project: str = "rsae") -> int:
         config = read_json(run / arm / "finetune.json")["config"]
         try:
             session = wandb.init(project=project, group=run.name, name=f"{run.name}-{arm}", config=config)
-        except wandb.errors.Error as error:
+        except wandb.errors.Error as error:  # type: ignore[attr-defined]
             raise ValueError(
                 f"W&B does not take the run ({error}): `wandb login` first, or set WANDB_MODE=offline"
             ) from error
