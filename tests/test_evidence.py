@@ -63,6 +63,42 @@ def call(bench, monkeypatch, *arguments):
     bench.main()
 
 
+def test_what_the_claims_stand_on():
+    """The control differs from the RSAE in what it starts from alone; L0 may differ by 1%; which cells there are."""
+    tables, bench = load("evidence_tables"), load("evidence")
+    assert (bench.ARMS["control"], bench.ARMS["rsae"]) == (bench.Arm("teacher", {}), bench.Arm("init", {}))
+    assert bench.L0_TOLERANCE == 0.01
+    cells = bench.grid()
+    assert len(cells) == len({cell.name for cell in cells}) == 45
+    assert sum(cell.has_all_arms for cell in cells) == 6
+    assert sorted((cell.host[8:13], cell.layer) for cell in cells if cell.family == "gated") == [
+        ("gemma", 9),
+        ("smoll", 15),
+    ]
+    assert [(cell.family, cell.layer, cell.expansion * 640) for cell in cells if cell.expansion != 8] == [
+        ("topk", 9, 16_000)
+    ]
+    for layer, host in ((3, "gemma3-270m"), (14, "gemma3-270m"), (5, "smollm2-135m"), (25, "smollm2-135m")):
+        assert sum(cell.layer == layer and cell.host.endswith(host) for cell in cells) == 3
+    cell = {
+        "host": "package:smollm2-135m",
+        "family": "jumprelu",
+        "target_l0": 64,
+        "seed": 0,
+        "expansion": 8,
+        "is_middle": True,
+    }
+    assert tables._chosen_on(cell)
+    for change in (
+        {"seed": 1},
+        {"is_middle": False},
+        {"expansion": 25},
+        {"family": "gated"},
+        {"host": "package:gemma3-270m"},
+    ):
+        assert not tables._chosen_on(cell | change)
+
+
 def test_the_grid_is_the_one_that_was_promised():
     load("evidence_tables")
     cells = load("evidence").grid()
