@@ -225,6 +225,19 @@ class TestArms:
             assert torch.equal(tensor, before[name])
 
 
+def test_a_damaged_checkpoint_is_named(teachers, data, held_out, tmp_path):
+    def stop(name, done, total):
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path, progress=stop)
+    (file,) = tmp_path.glob("checkpoint-*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"checkpoint-10 cannot be read .*: delete it, and the run begins anew"):
+        finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path)
+
+
 def test_a_finished_run_is_loaded_and_not_run_again(teachers, data, held_out, tmp_path):
     first = finetune(teachers["topk"], data, SMALL, held_out=held_out, out=tmp_path)
     calls = []

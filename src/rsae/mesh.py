@@ -193,12 +193,22 @@ class Mesh(NamedTuple):
                 raise OSError(number or errno.EIO, f"rank {rank} could not write {path} ({reason})") from error
 
     def load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Read into tensors what any number of ranks saved under their names."""
+        """Read into tensors what any number of ranks saved under their names.
+
+        Raises:
+            ValueError: what is there is damaged, or not of these tensors.
+            ConnectionError: another rank has died.
+        """
         from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        from torch.distributed.checkpoint.api import CheckpointException
 
         placed = self._placed(tensors)
-        with _alone_is_meant():
-            load(placed, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self.devices is None)
+        with _alone_is_meant(), self.ranks.lost():
+            try:
+                load(placed, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self.devices is None)
+            except CheckpointException as error:  # no Exception to Python
+                reason, _ = next(iter(error.failures.values()))
+                raise ValueError(f"{path} cannot be read ({reason}): delete it, and the run begins anew") from error
         for name, tensor in tensors.items():
             found = placed[name]
             tensor.copy_(found.to_local() if self.devices is not None and is_per_latent(name, tensor) else found)
