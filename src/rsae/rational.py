@@ -492,7 +492,7 @@ class RationalGate(nn.Module):
             return h > self.sample_threshold(h)
         # By rank, not by the midpoint of two: in bfloat16 the k-th largest often ties with the next, and no tie is above that
         assert self.threshold is not None
-        among = (h / self.threshold).topk(self.k, dim=-1, sorted=False).indices
+        among = (h.detach() / self.threshold.detach()).topk(self.k, dim=-1, sorted=False).indices
         return torch.zeros_like(h, dtype=torch.bool).scatter_(-1, among, True) & (h > 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RationalGate:
