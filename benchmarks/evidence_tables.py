@@ -60,8 +60,8 @@ CHOSEN = _prose("""
     better by 0.45% of FVU, and worse by .018 in delta-CE. SmolLM2's JumpReLU: at 4e-3 its control is better than at its 2e-3 by
     0.07% and by .003 in delta-CE, within the intervals, with fewer alive. The rates of ReLU and gated were not searched. A
     JumpReLU control on SmolLM2 that is trained at 0.9 or 0.8 of its L0, and opened at the end, is better in delta-CE than the
-    one that is used here, by .006 and .010 on validation documents, more than most of SmolLM2's JumpReLU cells differ by; an RSAE that is
-    trained so gains as well, and stays ahead. Neither is done here.
+    one that is used here, by .006 and .010 on validation documents, more than most of SmolLM2's JumpReLU cells differ by; an
+    RSAE that is trained so gains as well, and stays ahead. Neither is done here.
 """)
 COVERS = _prose("""
     **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor that
@@ -84,8 +84,8 @@ DIFFERS = _prose("""
 NOT_HERE = _prose("""
     **What is not here.** Teachers trained by BatchTopK, which SAELens runs as the JumpReLUs that they become. Parts apart,
     identity and probing of the cells that do not stand under these heads below, Gemma's among them. Tables of the loss
-    recovered, KL and histograms, which are in evidence.json alone. Teachers of 20 M tokens: these saw 6. More than one seed at other sparsities and layers. The model's loss is measured on a part of the tokens, for
-    what it costs on two processors.
+    recovered, KL and histograms, which are in evidence.json alone. Teachers of 20 M tokens: these saw 6. More than one seed at
+    other sparsities and layers. The model's loss is measured on a part of the tokens, for what it costs on two processors.
 """)
 Cell = dict[str, Any]
 
