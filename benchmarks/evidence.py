@@ -29,19 +29,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from benchmarks.evidence_tables import FIRST_LOOP, METRICS, STEPS, setting_of, short, write_tables
+from benchmarks.evidence_tables import MAIN, METRICS, STEPS, setting_of, short, write_tables
 from safetensors.torch import load_file
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
 from rsae.calibrate import calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import COMPARISON_RULE, evaluate_runs
-from rsae.finetune import FinetuneConfig, TopKTrainee, Trainee, finetune
+from rsae.finetune import (
+    DenseTrainee,
+    FinetuneConfig,
+    GatedTrainee,
+    ReLUTrainee,
+    ThresholdTrainee,
+    TopKTrainee,
+    Trainee,
+    finetune,
+)
 from rsae.hosts import Host, TokenLosses, load_host
 from rsae.identity import identity
 from rsae.metrics import NotFinite
@@ -99,11 +108,17 @@ ARMS: dict[str, Arm] = {
         "init", {"alpha": 0.0, "frozen": NO_RATIONAL, "surrogate": Surrogate("rectangle", strength=0.0)}
     ),
     "threshold_jump": Arm("init", {"alpha": 0.0, "frozen": NO_RATIONAL}),
+    "threshold_uncrowded": Arm("init", {"alpha": 0.0, "frozen": NO_RATIONAL, "surrogate": Surrogate(crowding=0.0)}),
     "threshold_follow": Arm("init", {"frozen": NO_RATIONAL}),
     "paper": Arm("dense", {"objective": "l1", "penalty": PAPER_PENALTY}),
 }
-MAIN = ("control", "rsae")
-"""The arms of cells beside those of the middle layer and sparsity with the first seed, which have all."""
+OWN: dict[Family, type[Trainee]] = {
+    "relu": ReLUTrainee,
+    "gated": GatedTrainee,
+    "jumprelu": ThresholdTrainee,
+    "topk": TopKTrainee,
+}
+"""What trains a teacher of each family and its control."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +215,9 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         ("rsae", "control"),
         ("rsae", "teacher"),
         *((arm, "control") for arm in saes if arm not in ("rsae", "control")),
-        *((more, less) for more, less in pairwise(STEPS) if {more, less} <= saes.keys()),
+        *((more, less) for more, less in STEPS if {more, less} <= saes.keys()),
     ]
+    pairs = list(dict.fromkeys(pairs))
     (found,) = evaluate_runs(
         {"": saes}, data.host, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=DATA.ce_tokens,
         eps=eps, pairs=pairs, progress=progress,
@@ -211,7 +227,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
     contexts = Contexts(
         data.evaluation.tokens[:IDENTITY], data.evaluation.documents[:IDENTITY], data.evaluation.sources
     )
-    return about(cell, data) | {
+    return about(cell, data, arms) | {
         "teacher": hashes(cell, ["teacher"])["teacher"],
         "weights": hashes(cell, MAIN),
         "excluded": found["excluded"],
@@ -256,32 +272,31 @@ def _gate_scalars(teacher: SAE[Any]) -> int:
 
 
 def settings(cell: Cell) -> dict[str, Any]:
-    """What a cell's numbers depend on besides its name."""
+    """What the numbers of a cell's teacher, control and RSAE depend on besides its name."""
     data = asdict(DATA)
     del data["finetune"]
     return {
         "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(fine_tuning(cell)), "data": data,
-        "arms": {name: [arm.start, arm.change | _plain(arm.change)] for name, arm in ARMS.items()},
+        "arms": {name: setting_of_arm(name, cell.family) for name in MAIN},
     }  # fmt: skip
 
 
-def _plain(change: dict[str, Any]) -> dict[str, Any]:
-    """The surrogate of a change as JSON has it."""
-    return {"surrogate": asdict(change["surrogate"])} if "surrogate" in change else {}
+def setting_of_arm(name: str, family: Family) -> dict[str, Any]:
+    """What the numbers of an arm depend on besides the settings of all, as JSON has it. `loop`: of what trains it."""
+    arm = ARMS[name]
+    kind = OWN[family] if arm.start == "teacher" else DenseTrainee if arm.start == "dense" else ThresholdTrainee
+    change = arm.change | ({"surrogate": asdict(arm.change["surrogate"])} if "surrogate" in arm.change else {})
+    return json.loads(json.dumps({"start": arm.start, "change": change, "loop": kind.loop}))
 
 
-def loop_of(cell: Cell) -> int:
-    """The training loop of a cell's teacher and control (an RSAE's is the same from any teacher)."""
-    return (TopKTrainee if cell.family == "topk" else Trainee).loop
-
-
-def about(cell: Cell, data: Data) -> dict[str, Any]:
-    """What a cell is."""
+def about(cell: Cell, data: Data, arms: Iterable[str]) -> dict[str, Any]:
+    """What a cell is, and what was tried of it."""
     return {
         "host": cell.host, "hook": cell.hook, "is_middle": cell.layer == LAYERS[cell.host][1],
         "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
-        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)), "loop": loop_of(cell),
+        "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)),
+        "other_arms": {name: setting_of_arm(name, cell.family) for name in arms if name not in MAIN},
         "provenance": started(),
     }  # fmt: skip
 
@@ -348,7 +363,7 @@ def attempt(cell: Cell, arms: Sequence[str], data: Data, progress: Progress | No
     try:
         return run(cell, arms, data, RUNS / cell.name, progress)
     except NotFinite as error:
-        return about(cell, data) | {"arms": {}, "verdict": dict.fromkeys(METRICS, "failed"), "failed": str(error)}
+        return about(cell, data, arms) | {"arms": {}, "verdict": dict.fromkeys(METRICS, "failed"), "failed": str(error)}
 
 
 def probed(cell: Cell, progress: Progress | None) -> dict[str, Any]:
@@ -363,12 +378,10 @@ def probed(cell: Cell, progress: Progress | None) -> dict[str, Any]:
 
 def is_measured(cell: Cell, arms: Sequence[str], done: dict[str, Any] | None) -> bool:
     """Whether what is known of a cell has these arms, with the settings and by the loop of now."""
-    return bool(
-        done
-        and done["settings"] == config_hash(settings(cell))
-        and done.get("loop", FIRST_LOOP) == loop_of(cell)
-        and (done["failed"] or set(arms) <= {*done["arms"], *done["failed_arms"]})
-    )
+    if not done or done["settings"] != config_hash(settings(cell)):
+        return False
+    others = {name: setting_of_arm(name, cell.family) for name in arms if name not in MAIN}
+    return not done["arms"] or others.items() <= done["other_arms"].items()
 
 
 def evidence_so_far() -> dict[str, Any]:
@@ -376,7 +389,10 @@ def evidence_so_far() -> dict[str, Any]:
     file = RESULTS / "evidence.json"
     evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
     evidence["settings"] = {setting_of(asdict(cell)): settings(cell) for cell in grid()}
-    evidence["loops"] = {setting_of(asdict(cell)): loop_of(cell) for cell in grid()}
+    evidence["other_arms"] = {
+        setting_of(asdict(cell)): {name: setting_of_arm(name, cell.family) for name in ARMS if name not in MAIN}
+        for cell in grid()
+    }
     evidence["grid"], evidence["comparison_rule"] = len(grid()), COMPARISON_RULE
     return evidence
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +15,8 @@ from rsae.artefacts import atomic, config_hash
 MARKS = ("<!-- evidence: made by python -m benchmarks.evidence -->", "<!-- /evidence -->")
 COLOURS = {"teacher": "#8d99ae", "control": "#30638e", "rsae": "#d1495b"}
 METRICS = ("fvu", "delta_ce", "alive", "dense")
+MAIN = ("control", "rsae")
+"""The arms of cells beside those of the middle layer and sparsity with the first seed, which have all."""
 SAYS = {
     "teacher": "the teacher as it came",
     "control": "**control**: its own architecture, fine-tuned",
@@ -23,16 +24,23 @@ SAYS = {
     "scale_only": "a scale for each latent, nothing else",
     "gate_only": "the gate alone (thresholds, scales, rational)",
     "threshold_rectangle": "threshold per latent with a price on crowds, rectangle; no rational",
+    "threshold_uncrowded": "threshold per latent, jump-corrected, also to the encoder; no price on crowds, no rational",
     "threshold_jump": "threshold per latent with a price on crowds, jump-corrected, also to the encoder; no rational",
     "threshold_follow": "the same, and thresholds follow the sample",
     "rsae": "**RSAE** (default recipe)",
     "paper": "paper's recipe, dense, nothing zeroed; l1 price 0.3 (ours; hardened, from a TopK, price 1 is better: SEARCH.md)",
     "paper_hardened": "the same, what is not counted zeroed",
 }
-STEPS = ("rsae", "threshold_follow", "threshold_jump", "threshold_rectangle", "control")
-"""From the RSAE to its control, one thing less at a time."""
-FIRST_LOOP = 3
-"""The training loop of cells that do not say."""
+STEPS = (
+    ("rsae", "threshold_follow"),
+    ("threshold_follow", "threshold_jump"),
+    ("threshold_jump", "threshold_rectangle"),
+    ("threshold_rectangle", "control"),
+    ("threshold_jump", "threshold_uncrowded"),
+    ("threshold_uncrowded", "control"),
+    ("rsae", "threshold_uncrowded"),
+)
+"""What is compared: from the RSAE to its control, one thing less at a time; then by way of the jump-corrected gradient alone."""
 CHOSEN_ON = {
     16: ("smollm2-135m relu", "smollm2-135m jumprelu", "smollm2-135m topk", "gemma3-270m relu", "gemma3-270m jumprelu"),
     32: ("smollm2-135m jumprelu", "smollm2-135m topk", "gemma3-270m jumprelu", "gemma3-270m topk"),
@@ -95,10 +103,9 @@ def write_tables(evidence: dict[str, Any], out: Path) -> None:
     # What was measured with other settings, or by another loop, stays in the file and out of the tables
     current = {name: config_hash(settings) for name, settings in evidence["settings"].items()}
     cells = [
-        cell
+        _of_now(cell, evidence["other_arms"][of])
         for cell in evidence["cells"]
         if cell["settings"] == current.get(of := setting_of(cell))
-        and cell.get("loop", FIRST_LOOP) == evidence["loops"][of]
     ]
     evidence = {**evidence, "cells": cells}
     write_page(out / "EVIDENCE.md", _page(evidence))
@@ -110,6 +117,17 @@ def write_tables(evidence: dict[str, Any], out: Path) -> None:
     before, mark, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     if mark:
         write_page(readme, before + mark + "\n" + _headline(evidence) + MARKS[1] + rest.partition(MARKS[1])[2])
+
+
+def _of_now(cell: Cell, other_arms: dict[str, Any]) -> Cell:
+    """The cell without those of its arms that are trained otherwise by now."""
+    gone = {name for name, how in cell["other_arms"].items() if how != other_arms.get(name)}
+    gone |= {"paper_hardened"} if "paper" in gone else set()
+    return {
+        **cell,
+        "arms": {name: found for name, found in cell["arms"].items() if name not in gone},
+        "failed_arms": {name: why for name, why in cell.get("failed_arms", {}).items() if name not in gone},
+    }
 
 
 def write_page(path: Path, text: str) -> None:
@@ -362,8 +380,9 @@ def _attribution(cell: Cell) -> str:
         ])  # fmt: skip
     head = ["arm", "FVU", "minus control", "delta-CE", "minus control", "L0", "alive", "dense"]
     steps = []
-    for more, less in pairwise(STEPS):
-        if minus := cell.get(f"{more}_minus_{less}"):
+    for more, less in STEPS:
+        if {more, less} <= cell["arms"].keys():
+            minus = cell[f"{more}_minus_{less}"]
             steps.append([f"{SAYS[more]}, minus: {SAYS[less]}", relative(minus["fvu"]), nats(minus["delta_ce"])])
     title = (
         f"{short(cell['host'])}, layer {_layer(cell)}, {cell['family']}, L0 {cell['target_l0']}, seed {cell['seed']}"

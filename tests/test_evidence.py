@@ -174,11 +174,50 @@ def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
     assert "2 of 2 cells" in readme
 
     topk, *others = again["cells"]
-    for of_another_time in ({"settings": "others"}, {"loop": topk["loop"] - 1}):
-        cells = [topk | of_another_time, *others]
-        (tmp_path / "results" / "evidence.json").write_text(json.dumps(again | {"cells": cells}))
+    (tmp_path / "results" / "evidence.json").write_text(
+        json.dumps(again | {"cells": [topk | {"settings": "others"}, *others]})
+    )
+    call(bench, monkeypatch, "--tables")
+    assert "| topk |" not in (tmp_path / "README.md").read_text()
+
+
+def test_what_another_loop_measured_is_measured_again(bench, monkeypatch, tmp_path):
+    """Of the control, the whole cell; of an arm that few cells have, that arm alone is out of the tables until then."""
+    (cell,) = (cell for cell in bench.grid() if cell.family == "topk")
+    call(bench, monkeypatch, "--only", "topk")
+    done = bench.known(cell)
+    says = sys.modules["benchmarks.evidence_tables"].SAYS
+    page = tmp_path / "results" / "EVIDENCE.md"
+    assert all(says[arm] in page.read_text() for arm in ("paper", "paper_hardened", "threshold_uncrowded"))
+    assert bench.is_measured(cell, cell.arms, done)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.TopKTrainee, "loop", 99)
+        assert not bench.is_measured(cell, bench.MAIN, done)
         call(bench, monkeypatch, "--tables")
-        assert "| topk |" not in (tmp_path / "README.md").read_text()
+        assert "| topk |" not in page.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.DenseTrainee, "loop", 99)
+        assert bench.is_measured(cell, bench.MAIN, done)
+        assert not bench.is_measured(cell, cell.arms, done)
+        call(bench, monkeypatch, "--tables")
+        assert says["threshold_uncrowded"] in page.read_text()
+        assert says["paper"] not in page.read_text()
+        assert says["paper_hardened"] not in page.read_text()
+    monkeypatch.setitem(bench.ARMS, "new", bench.Arm("init", {"alpha": 0.5}))
+    assert bench.is_measured(cell, bench.MAIN, done)
+    assert not bench.is_measured(cell, cell.arms, done)
+
+
+def test_a_cell_whose_l0_missed_gets_its_other_arms(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "L0_TOLERANCE", -1.0)
+    call(bench, monkeypatch, "--main", "--only", "topk")
+    (cell,) = read_json(tmp_path / "results" / "evidence.json")["cells"]
+    assert cell["failed"]
+    assert set(cell["arms"]) == {"teacher", *bench.MAIN}
+    call(bench, monkeypatch, "--only", "topk")
+    (cell,) = read_json(tmp_path / "results" / "evidence.json")["cells"]
+    assert cell["failed"]
+    assert set(bench.ARMS) <= set(cell["arms"])
 
 
 def test_several_calls_share_the_grid(bench, monkeypatch, tmp_path):
