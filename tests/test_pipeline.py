@@ -171,6 +171,32 @@ def test_upgrade_a_saelens_checkpoint_and_resume_after_a_kill(demo_run, host, te
     assert read_json(tmp_path / "killed" / "preflight.json")["fingerprint"]
 
 
+def test_a_killed_upgrade_goes_on_where_arithmetic_rounds_otherwise(demo_run, host, text, tmp_path, monkeypatch):
+    """What another processor would find otherwise, by a little, is read from the run: its L0, and the fitted gate."""
+    teacher = demo_run[0] / "jumprelu" / "teacher"
+
+    def stop(stage, done, total):
+        if "rsae" in stage and done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upgrade(teacher, host, HOOK, text, tmp_path / "run", config=CONFIG, trust=True, progress=stop)
+    init = (tmp_path / "run" / "init" / "sae_weights.safetensors").read_bytes()
+    calibrate, mean_l0 = pipeline.calibrate, pipeline.mean_l0
+
+    def calibrate_otherwise(sae, sample):
+        sae = calibrate(sae, sample)
+        with torch.no_grad():
+            sae.gate.log_threshold += 1e-6
+        return sae
+
+    monkeypatch.setattr(pipeline, "calibrate", calibrate_otherwise)
+    monkeypatch.setattr(pipeline, "mean_l0", lambda *arguments: mean_l0(*arguments) * (1 + 1e-7))
+    results = upgrade(teacher, host, HOOK, text, tmp_path / "run", config=CONFIG)
+    assert results["rsae"]["fvu"] > 0
+    assert (tmp_path / "run" / "init" / "sae_weights.safetensors").read_bytes() == init
+
+
 def test_several_teachers_share_one_harvest(demo_run, host, text, tmp_path):
     early = "blocks.0.hook_resid_post"
     teachers = [(demo_run[0] / family / "teacher", hook) for family, hook in (("topk", HOOK), ("jumprelu", early))]

@@ -433,13 +433,17 @@ def train_arms(
     """
     if mesh.ranks.is_main and not (run / "teacher" / "cfg.json").exists():
         save_sae(teacher, run / "teacher")
-    validation = (x for x, _ in data.validation.iterate(2048))
-    l0 = mean_l0(shard_of(teacher, mesh).to(mesh.device), validation, mesh)
-    settings = replace(config.finetune, target_l0=config.finetune.target_l0 or l0)
-    init = teacher
+    # A run that was killed goes on with what it has found, which another processor would round otherwise
+    if (l0 := config.finetune.target_l0 or ledger.about.get("target_l0")) is None:
+        validation = (x for x, _ in data.validation.iterate(2048))
+        l0 = mean_l0(shard_of(teacher, mesh).to(mesh.device), validation, mesh)
+    ledger.write(target_l0=l0)
+    settings = replace(config.finetune, target_l0=l0)
 
     def initialise() -> None:
-        nonlocal init
+        if (run / "init" / "cfg.json").exists():
+            return
+        init = teacher
         if not isinstance(teacher, RationalSAE):
             sample = list(islice(data.train.batches(2048, seed=settings.seed), 4))
             support: Support = "dense" if config.recipe == "paper" else "hard"
@@ -449,8 +453,7 @@ def train_arms(
 
     with ledger.clock("init"):
         mesh.once(initialise)
-        if mesh.devices is not None:
-            init = load_teacher(run / "init").sae  # mapped, by all ranks
+        init = load_teacher(run / "init").sae
     arms = {"teacher": teacher, "init": init}
     # There is no own gate to train in an RSAE's control but the rational: it keeps the one that it has
     of_control = settings
