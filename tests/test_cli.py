@@ -90,6 +90,16 @@ def test_fit_prints_and_writes(tmp_path):
     assert "plotly" in (tmp_path / "fit.html").read_text()
 
 
+def test_a_fit_does_not_replace_another(tmp_path):
+    assert rsae("fit", "relu", "--degree", 3, 2, "--out", tmp_path).returncode == 0
+    kept = (tmp_path / "fit.json").read_bytes()
+    assert rsae("fit", "relu", "--degree", 3, 2, "--out", tmp_path).returncode == 0
+    result = rsae("fit", "abs", "--degree", 2, 2, "--out", tmp_path)
+    assert result.returncode == 2
+    assert "fit.json is of another gate, degree: choose another --out" in result.stderr
+    assert (tmp_path / "fit.json").read_bytes() == kept
+
+
 def test_harvest_of_several_hooks_has_a_folder_for_each(tmp_path):
     hooks = ("blocks.0.hook_resid_post", "model.layers.1")
     given = ("--host", save_tiny(tmp_path / "host"), "--text", save_text(tmp_path / "t.jsonl"), "--tokens", 300)

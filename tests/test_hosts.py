@@ -177,11 +177,27 @@ def test_a_module_inside_a_layer_is_a_hook_too(hosts, tokens) -> None:
     torch.testing.assert_close(states[0] + attention + mlp, states[1])  # the residual stream adds up
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_attention_and_mlp_add_is_what_the_residual_stream_gains(hosts, tokens, kind) -> None:
+    host = hosts[kind]
+    names = [f"blocks.1.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    before, attention, mlp, after = host.activations_at(tokens, names).values()
+    torch.testing.assert_close(before + attention + mlp, after)
+    doubled = host.token_losses(tokens, names[1], {"twice": lambda x: 2 * x})["twice"]
+    assert doubled.kl.mean() > 1e-3
+    # The whole difference that a spliced MLP makes to a layer is its own
+    for edit, gain in ((torch.zeros_like, 0), (lambda x: 3 * x, 3)):
+        with host._replacing(host.hook_point(names[2]), edit):
+            torch.testing.assert_close(host.activations(tokens, names[3]), before + attention + gain * mlp)
+
+
 @pytest.mark.parametrize(
     ("hook", "near"),
     [
         ("blocks.3.hook_resid_post", "blocks.2.hook_resid_post"),  # one layer too many
         ("blocks.1.hook_resid_mid", "blocks.1.hook_resid_pre"),
+        ("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"),
+        ("blocks.1.attn.hook_z", "hook_attn_out"),
         ("model.layer.1", "model.layers.1"),
         ("", "model.layers"),
     ],

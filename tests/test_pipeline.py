@@ -1,6 +1,8 @@
 """The whole road on a tiny random model: what it leaves, that it resumes, and what it refuses before it writes."""
 
 import json
+import os
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -15,6 +17,7 @@ from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
 from rsae.hosts import load_host
 from rsae.pipeline import ARMS, UpgradeConfig, demo, evaluate_folder, upgrade, upgrade_all
+from rsae.report import write_report
 from rsae.sae import RationalSAE
 
 HOOK = "blocks.1.hook_resid_post"
@@ -133,6 +136,16 @@ def test_a_finished_run_may_be_measured_again_but_not_lose_its_page(demo_run, ho
     finally:
         page.write_bytes(kept[0])
         metrics.write_bytes(kept[1])
+
+
+def test_a_page_about_several_runs_follows_when_one_is_measured_again(demo_run, host, text, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(demo_run[0], out)
+    before = (out / "report.html").read_text()
+    evaluate_folder(out / "relu", host, HOOK, text, out / "acts" / "train", tokens=200, ce_tokens=200, progress=None)
+    after = (out / "report.html").read_text()
+    assert after != before
+    assert after == write_report([out / name for name in ("relu", "jumprelu", "topk")], tmp_path / "again").read_text()
 
 
 @pytest.mark.parametrize(
@@ -375,6 +388,17 @@ def test_another_run_says_which_setting_differs(demo_run, host, text, tmp_path):
     found = {"identity": json.loads(json.dumps({"text": text, "config": asdict(CONFIG)}))}
     assert pipeline._differences(found, {"text": text, "config": asdict(config)}) == "another steps"
     assert pipeline._differences(found, {"text": "other", "config": asdict(CONFIG)}) == "another text"
+
+
+def test_a_text_that_has_changed_since_is_noticed(demo_run, host, text):
+    stat = os.stat(text)
+    os.utime(text, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    try:
+        with pytest.raises(ValueError, match="another text_content"):
+            demo(demo_run[0], host=host, hook=HOOK, text=text, config=CONFIG, teacher=TEACHER)
+    finally:
+        os.utime(text, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert demo(demo_run[0], host=host, hook=HOOK, text=text, config=CONFIG, teacher=TEACHER)
 
 
 def test_an_upgrade_without_stored_activations(demo_run, host, text, tmp_path):

@@ -217,7 +217,15 @@ def test_the_command(host, text, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "CONTRADICT" in done.stdout
     assert "b_dec before the encoder" in done.stdout
-    assert json.loads((tmp_path / "found" / "preflight.json").read_text())["verdict"] == "contradicted"
+    found = (tmp_path / "found" / "preflight.json").read_bytes()
+    assert json.loads(found)["verdict"] == "contradicted"
+    other = [*arguments[:-3], "blocks.0.hook_resid_post", *arguments[-2:]]
+    done = subprocess.run(
+        [sys.executable, "-m", "rsae", "inspect", *other, "--out", out], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "preflight.json is of another hook: choose another --out" in done.stderr
+    assert (tmp_path / "found" / "preflight.json").read_bytes() == found
 
 
 def test_another_layer(host, text, tmp_path) -> None:

@@ -462,6 +462,14 @@ def test_no_control(tmp_path: Path) -> None:
     assert "RSAE − frozen teacher" in text
 
 
+def test_runs_with_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / place, "topk") for place in ("one", "other")]
+    page = write_report([*runs, make_run(tmp_path, "relu")], tmp_path / "report.html").read_text()
+    for run in runs:
+        assert f"<h2>TopK, {run}</h2>" in re.sub(r' id="[^"]*"', "", page)
+    assert "<h2>ReLU</h2>" in re.sub(r' id="[^"]*"', "", page)
+
+
 def test_optional_files_missing(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     for name in ("run.json", "gate.json", "control/log.jsonl", "rsae/log.jsonl"):

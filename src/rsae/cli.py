@@ -41,7 +41,11 @@ Host = Annotated[
     ),
 ]
 Hook = Annotated[
-    str, typer.Option("--hook", help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path).")
+    str,
+    typer.Option(
+        "--hook",
+        help="blocks.9.hook_resid_post, hook_mlp_out or hook_attn_out (TransformerLens), or model.layers.9 (module path).",
+    ),
 ]
 Text = Annotated[
     str,
@@ -233,6 +237,8 @@ def inspect(
         from rsae.teachers import load_teacher
 
         loaded = load_teacher(teacher)
+        subject = {"fingerprint": loaded.fingerprint, "host": host, "hook": hook, "text": text}
+        _refuse_another(out / "preflight.json", subject)
         found = preflight(
             loaded, load_host(host), hook, text, tokens=tokens, context_length=context_length, out=out / "preflight.json",
             progress=progress,
@@ -508,7 +514,9 @@ def fit(
     if out.exists() and any(path.name not in ("fit.json", "fit.html") for path in out.iterdir()):
         raise ValueError(f"{out} holds something else than a fit: choose another --out")
     found = fit_gate(gate, degree, theta=theta, delta=delta, method=method)
-    write_json(out / "fit.json", found.to_dict())
+    values = found.to_dict()
+    _refuse_another(out / "fit.json", {name: values[name] for name in ("gate", "degree", "theta", "delta", "method")})
+    write_json(out / "fit.json", values)
     save_picture(found, out / "fit.html")
     print(f"{gate} of degree {degree}: max error {found.max_error:.6e}, mse {found.mse:.3e}")
     print(
@@ -518,6 +526,15 @@ def fit(
     for name, coeffs in (("num_coeffs", found.num_coeffs), ("den_coeffs", found.den_coeffs)):
         print(f"{name}: {json.dumps([float(c) for c in coeffs])}")
     print(f"written: {out / 'fit.json'}, {out / 'fit.html'}")
+
+
+def _refuse_another(file: Path, values: dict[str, Any]) -> None:
+    """Leave a finding as it is that was not found of the same."""
+    from rsae.artefacts import read_json
+
+    before = read_json(file) if file.exists() else values
+    if differing := [name for name, value in values.items() if before.get(name) != value]:
+        raise ValueError(f"{file} is of another {', '.join(differing)}: choose another --out")
 
 
 @contextmanager

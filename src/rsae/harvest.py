@@ -593,7 +593,8 @@ def run_batch(host: Host, hooks: list[str], contexts: list[Context], number: int
         x = found.pop(hook).flatten(0, 1).to("cpu", torch.bfloat16)
         if not torch.isfinite(x).all():
             raise ValueError(
-                f"nan or inf in the activations of {host.spec} at {hook}, batch {number}: load the host in float32"
+                f"nan or inf in the activations of {host.spec} ({host.dtype}) at {hook}, batch {number}: damaged weights? From "
+                "Python: does load_host(..., dtype=torch.float32) give numbers?"
             )
         rows = {"activations": x[keep], "tokens": tokens[keep].int(), "documents": owners[keep].int()}
         batches.append(Batch(rows, seen, {}))

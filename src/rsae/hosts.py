@@ -96,26 +96,32 @@ class Host:
     def hook_point(self, hook: str) -> HookPoint:
         """Resolve a hook's name.
 
-        A name is `blocks.N.hook_resid_pre` or `blocks.N.hook_resid_post` as in TransformerLens, or the path of a layer
-        or of a module inside one, which means its output (`model.layers.9`, `model.layers.9.mlp`).
+        A name is `blocks.N.` and `hook_resid_pre`, `hook_resid_post`, `hook_attn_out` or `hook_mlp_out` as in TransformerLens
+        (the last two: what the attention and the MLP add to the residual stream), or the path of a layer or of a module inside
+        one, which means its output (`model.layers.9`, `model.layers.9.mlp`).
 
         Raises:
             ValueError: no such hook; the message lists the nearest names.
         """
         layers = re.escape(self._layers_path)
-        if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)) and int(match[1]) < self.n_layers:
-            where = "input" if match[2] == "pre" else "output"
-            return HookPoint(hook, f"{self._layers_path}.{int(match[1])}", where, int(match[1]))
+        if (match := re.fullmatch(r"blocks\.(\d+)\.(\w+)", hook)) and int(match[1]) < self.n_layers:
+            n, name = int(match[1]), match[2]
+            layer = f"{self._layers_path}.{n}"
+            if name in ("hook_resid_pre", "hook_resid_post"):
+                return HookPoint(hook, layer, "input" if name == "hook_resid_pre" else "output", n)
+            if (module := _adds(self.model.get_submodule(layer), name)) is not None:
+                return HookPoint(hook, f"{layer}.{module}", "output", n)
         paths = [path for path, _ in self.model.named_modules() if re.match(layers + r"\.\d+", path)]
         if hook in paths:
             if self.is_centred and type(self.model.get_submodule(hook)).__name__.endswith("Norm"):
                 raise ValueError(f"{hook!r} of {self.spec} is read as it is: what a norm gives cannot be centred")
             return HookPoint(hook, hook, "output", int(re.match(layers + r"\.(\d+)", hook)[1]))  # type: ignore[index]
-        names = [f"blocks.{n}.hook_resid_{where}" for n in range(self.n_layers) for where in ("pre", "post")] + paths
+        known = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        names = [f"blocks.{n}.hook_{name}" for n in range(self.n_layers) for name in known] + paths
         near = difflib.get_close_matches(hook, names, n=4, cutoff=0.0)
         raise ValueError(
             f"hook {hook!r} not found in {self.spec} ({self.n_layers} layers, 0 to {self.n_layers - 1}); "
-            f"the nearest names are {', '.join(near)}. Of TransformerLens' names it knows hook_resid_pre and hook_resid_post; "
+            f"the nearest names are {', '.join(near)}. Of TransformerLens' names it knows hook_{', hook_'.join(known)}; "
             f"what else a block holds goes by its module's path, as {paths[1] if len(paths) > 1 else self._layers_path}"
         )
 
@@ -429,6 +435,17 @@ def _layers_path(model: PreTrainedModel) -> str:
         "model.language_model.layers (Gemma 3 with vision), "
         "transformer.h (GPT-2) or gpt_neox.layers (Pythia)"
     )
+
+
+def _adds(layer: nn.Module, name: str) -> str | None:
+    """Name of the module of a layer whose output `hook_attn_out` or `hook_mlp_out` is: what is added to the residual stream."""
+    if hasattr(
+        layer, "post_feedforward_layernorm"
+    ):  # the sublayers' outputs are normalised first (Gemma 2 and 3, OLMo 2)
+        found = {"hook_attn_out": ["post_attention_layernorm"], "hook_mlp_out": ["post_feedforward_layernorm"]}
+    else:
+        found = {"hook_attn_out": ["self_attn", "attn", "attention"], "hook_mlp_out": ["mlp"]}
+    return next((module for module in found.get(name, ()) if hasattr(layer, module)), None)
 
 
 def _fingerprint(model: PreTrainedModel, path: str) -> str:

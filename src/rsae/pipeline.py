@@ -31,7 +31,7 @@ from rsae.report import write_report
 from rsae.sae import RationalSAE, save_sae
 from rsae.teachers import Teacher, load_teacher
 from rsae.teachers.checkpoint import Family
-from rsae.text import Contexts, Split, evaluation_contexts
+from rsae.text import Contexts, Split, evaluation_contexts, text_fingerprint
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -220,7 +220,7 @@ def upgrade_all(
     }
     loaded = {name: _upgradable(teacher, config, mesh, out / name) for name, (teacher, _) in named.items()}
     prints, hooks = [teacher.fingerprint for teacher in loaded.values()], [hook for _, hook in teachers]
-    identity = {"teachers": prints, "hooks": hooks, "host": host, "text": text, "config": asdict(config)}
+    identity = {"teachers": prints, "hooks": hooks, "host": host, **_read(text), "config": asdict(config)}
     ledger = Ledger.open(out, identity, command, mesh=mesh)
     if not ledger.done:
         model = _load_host(host, progress, mesh)
@@ -242,7 +242,7 @@ def upgrade_all(
         for name, job in left.items():
             job.measure(data[name], progress)
         write_report([out / name for name in named], out / "report.html")
-        ledger.finish()
+        ledger.finish(runs=list(named))
     return {name: _measured(out / name) for name in named}
 
 
@@ -289,7 +289,7 @@ class _Upgrade:
         command: str | None,
     ) -> None:
         self.teacher, self.hook, self.text, self.out, self.config, self.mesh = teacher, hook, text, out, config, mesh
-        identity = {"teacher": teacher.fingerprint, "host": host, "hook": hook, "text": text, "config": asdict(config)}
+        identity = {"teacher": teacher.fingerprint, "hook": hook, "host": host, **_read(text), "config": asdict(config)}
         self.ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",), mesh=mesh)
 
     def inspect(self, host: Host, trust: bool, progress: Progress | None) -> None:
@@ -372,7 +372,8 @@ def demo(
     if config.recipe != "hard":
         raise ValueError(f"the demo shows the default recipe; for {config.recipe!r}: rsae upgrade --recipe paper")
     identity = {
-        "host": host, "hook": hook, "text": text, "config": asdict(config), "teacher": asdict(teacher), "families": list(families),
+        "host": host, "hook": hook, **_read(text), "config": asdict(config), "teacher": asdict(teacher),
+        "families": list(families),
     }  # fmt: skip
     ledger = Ledger.open(out, identity, command)
     if ledger.done:
@@ -403,8 +404,13 @@ def demo(
         _record(out / family, family, runs[family], results[family], data, config, ledgers[family])
         ledgers[family].finish()
     write_report([out / family for family in families], out / "report.html")
-    ledger.finish()
+    ledger.finish(runs=list(families))
     return results
+
+
+def _read(text: str) -> dict[str, str]:
+    """A text in a run's identity: its name, and what names its content."""
+    return {"text": text, "text_content": text_fingerprint(text)}
 
 
 def _load_host(spec: str, progress: Progress | None, mesh: Mesh = ALONE) -> Host:
@@ -548,6 +554,9 @@ def evaluate_folder(
     write_json(run / "metrics.json", metrics)
     if (run / "report.html").exists():
         write_report([run], run / "report.html")
+    shared = read_json(run.parent / "run.json") if (run.parent / "run.json").exists() else {}
+    if run.name in shared.get("runs", ()) and (run.parent / "report.html").exists():
+        write_report([run.parent / name for name in shared["runs"]], run.parent / "report.html")
     if compared is not None:
         write_json(run / "identity.json", compared)
     return metrics, compared
@@ -635,15 +644,16 @@ class Ledger:
         if self.writes:
             write_json(self.folder / "run.json", self.about)
 
-    def finish(self) -> None:
-        """Mark the run as done, with the checksums that a later call verifies."""
+    def finish(self, **more: Any) -> None:
+        """Mark the run as done, with the checksums that a later call verifies. `runs`: names of the runs that share its page."""
         weights = sorted({*self.folder.glob("*/*.safetensors"), *self.folder.glob("*/*/sae_weights.safetensors")})
         files: dict[str, str | None] = {str(file.relative_to(self.folder)): sha256_file(file) for file in weights}
         # These need only be there: `rsae evaluate` and `rsae report` write them anew
         written = [
             file for pattern in ("report.html", "metrics.json", "*/metrics.json") for file in self.folder.glob(pattern)
         ]
-        self.write(done=True, files=files | {str(file.relative_to(self.folder)): None for file in sorted(written)})
+        files |= {str(file.relative_to(self.folder)): None for file in sorted(written)}
+        self.write(done=True, files=files, **more)
 
 
 def _differences(found: dict[str, Any], identity: dict[str, Any]) -> str:

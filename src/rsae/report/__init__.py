@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     out = Path(out)
     if out.is_dir():
         raise ValueError(f"{out} is a folder, expected the path of an HTML file such as {out / 'report.html'}")
-    html = render([read_run(Path(folder)) for folder in runs])
+    read = [read_run(Path(folder)) for folder in runs]
+    often = Counter(run.title for run in read)
+    html = render([replace(run, place=str(run.folder)) if often[run.title] > 1 else run for run in read])
     with atomic(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return out

@@ -35,6 +35,8 @@ class Run:
     """gate.json: the gate of each arm on a grid, and the histogram of pre-activations; empty if missing."""
     logs: dict[str, list[dict[str, Any]]]
     """Rows of log.jsonl by arm; an arm without a log is not a key."""
+    place: str = ""
+    """Where the run is, on a page where another one has the same title."""
 
     @property
     def title(self) -> str:
@@ -42,7 +44,8 @@ class Run:
         name = str(self.info.get("name") or self.folder.resolve().name)
         family = str(self.info.get("family") or name)
         title = FAMILIES.get(family, family)
-        return title if name.lower() == family.lower() else f"{title} ({name})"
+        title = title if name.lower() == family.lower() else f"{title} ({name})"
+        return f"{title}, {self.place}" if self.place else title
 
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
