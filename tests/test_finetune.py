@@ -153,11 +153,19 @@ class TestGradients:
             assert (found[name] - expected).norm() / expected.norm() < 1e-4, name
         torch.testing.assert_close(found["b_dec"], active["b_dec"])
 
+    @pytest.mark.parametrize("alpha", [0.0, 0.25])
     @pytest.mark.parametrize("kind", ["rectangle", "jump-corrected"])
-    def test_rational_with_hard_support(self, teachers, data, kind):
+    def test_rational_with_hard_support(self, teachers, data, kind, alpha):
         sae = RationalSAE.from_teacher(teachers["jumprelu"])
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            sae.gate.num_relative.normal_(std=1e-3, generator=torch.Generator().manual_seed(0))
+            sae.gate.num_relative.normal_(std=1e-3, generator=generator)
+        if alpha:  # thresholds follow the sample, and every latent has scales of its own
+            sae.gate.k, sae.gate.alpha = L0, alpha
+            for name in ("C_in", "C_out"):
+                scales = getattr(sae.gate, name).detach() * (1 + 0.1 * torch.rand(D_SAE, generator=generator))
+                setattr(sae.gate, name, torch.nn.Parameter(scales))
+            sae.sync_config()
         surrogate = Surrogate(kind, 0.5, 0.3, None)
         trainee = trainee_for(sae, 10.0, replace(SMALL, surrogate=surrogate, target_l0=float(L0)))
         reference = copy.deepcopy(sae.gate)
@@ -173,6 +181,15 @@ class TestGradients:
             trainee(data.x[:64] / 10).loss.backward()
             ours = getattr(trainee.amplitude.gate, name).grad
             assert (ours - theirs.grad).norm() / theirs.grad.norm() < 1e-3
+        # What trains is the logarithm: its gradient is the value's, times the value
+        for ours, theirs in (
+            (trainee.log_threshold, reference.threshold),
+            (trainee.amplitude.log_C_in, reference.C_in),
+            (trainee.amplitude.log_C_out, reference.C_out),
+        ):
+            expected = theirs.grad * theirs.detach()
+            assert expected.norm() > 0
+            assert (ours.grad - expected).norm() / expected.norm() < 1e-4
 
 
 @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "gated"])
