@@ -130,7 +130,7 @@ class Mesh(NamedTuple):
         above, equal = values > edge, values == edge
         counts = torch.stack(self.latents.gather(torch.stack([above.sum(1), equal.sum(1)])))  # (shards, 2, batch)
         left = k - counts[:, 0].sum(0) - counts[: self.latents.rank, 1].sum(0)
-        return above | (equal & (equal.cumsum(1) <= left[:, None]))
+        return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= left[:, None]))
 
     def whole(self, tensor: Float[Tensor, " d_shard"]) -> Float[Tensor, " d_sae"]:
         """What all shards of the latents have of a vector. Without a gradient."""

@@ -87,10 +87,10 @@ class OnlineActivations:
     ) -> Iterator[Float[Tensor, "batch_size/world d_in"]]:
         """Endless shuffled float32 batches, fixed by (seed, world): a run that other ranks continue goes on with other rows.
 
-        A buffer gives as many rows as it would hold with nothing left out, so that where batch k comes from is known without
-        running what came before: the few that are missing are drawn a second time. `start=k` reads and tokenises the text up to
-        there, and runs the host for one buffer. Rank r of `world` runs every world-th batch of contexts, and its rows are the r-th
-        part of every batch.
+        A buffer is drawn from for as many batches as it would hold with nothing left out, so that where batch k comes from is
+        known without running what came before: the few rows that are missing are drawn a second time. `start=k` reads and
+        tokenises the text up to there, and runs the host for one buffer. Rank r of `world` runs every world-th batch of contexts,
+        fills a buffer of its own, and draws its part of each batch from it.
 
         Raises:
             ValueError: `world` does not divide `batch_size`; a batch is larger than the buffer; a buffer of nothing but tokens
