@@ -1,6 +1,6 @@
 """Is the gain the gate's? Teachers of every family, upgraded beside their controls, measured on other sources' text.
 
-    python -m benchmarks.evidence [--only TEXT] [--minutes N] [--main | --probe | --tables]
+    python -m benchmarks.evidence [--only TEXT] [--minutes N] [--arms NAME ... | --probe | --tables]
 
 runs the grid cell by cell and, after each, writes results/evidence.json, EVIDENCE.md and evidence-*.svg, and the table of
 README.md. A cell is a host, a hook, a family, a width, a sparsity and a seed (of teacher and batches). What is finished is not run
@@ -10,7 +10,7 @@ Several calls at a time share the grid, one for each GPU or, with OMP_NUM_THREAD
 
     --only TEXT    only cells whose name contains TEXT (gemma, topk, l0-32, seed-0, ...)
     --minutes N    start no cell after N minutes
-    --main         control and RSAE alone, in every cell; a later call adds the other arms and measures again
+    --arms NAME    control, RSAE and these arms alone; a later call adds others to a cell, and measures all that it has again
     --probe        k-sparse probing (twelve sets) of finished cells whose models are here
     --tables       run nothing: the tables anew from results/evidence.json
 
@@ -421,7 +421,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--main", action="store_true")
+    other.add_argument("--arms", nargs="*", choices=ARMS, metavar="NAME")
     other.add_argument("--probe", action="store_true")
     other.add_argument("--tables", action="store_true")
     arguments = parser.parse_args()
@@ -432,8 +432,15 @@ def main() -> None:
         return
     chosen = [cell for cell in grid() if arguments.only in cell.name]
 
+    def wanted(cell: Cell) -> list[str]:
+        """The arms that a cell is to have: those asked for, and those that it has."""
+        done = known(cell)
+        has = done["other_arms"] if done and is_measured(cell, MAIN, done) else {}
+        asked = cell.arms if arguments.arms is None else {*MAIN, *arguments.arms}
+        return [name for name in ARMS if name in asked or name in has]
+
     def is_done(cell: Cell) -> bool:
-        return is_measured(cell, MAIN if arguments.main else cell.arms, known(cell))
+        return is_measured(cell, wanted(cell), known(cell))
 
     deadline = time.monotonic() + 60 * arguments.minutes
     held: tuple[tuple[str, str], Data] | None = None
@@ -454,7 +461,7 @@ def main() -> None:
                     held = None  # one host at a time
                     hooks = {other.hook for other in chosen if other.host == cell.host and not is_done(other)}
                     held = (cell.host, cell.hook), gather(cell, progress, hooks)
-                found = attempt(cell, MAIN if arguments.main else cell.arms, held[1], progress)
+                found = attempt(cell, wanted(cell), held[1], progress)
                 done = known(cell)
                 if done and "probing" in done and done.get("weights") == found.get("weights", {}):
                     found["probing"] = done["probing"]

@@ -208,9 +208,22 @@ def test_what_another_loop_measured_is_measured_again(bench, monkeypatch, tmp_pa
     assert not bench.is_measured(cell, cell.arms, done)
 
 
+def test_arms_are_added_to_those_that_a_cell_has(bench, monkeypatch, tmp_path):
+    def has(*arms):
+        call(bench, monkeypatch, "--only", "topk", "--arms", *arms)
+        (cell,) = read_json(tmp_path / "results" / "evidence.json")["cells"]
+        return set(cell["arms"]) - {"teacher", "init"}
+
+    assert has("scale_only") == {*bench.MAIN, "scale_only"}
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "pretrain", lambda *_, **__: pytest.fail("measured again, with nothing new"))
+        assert has() == {*bench.MAIN, "scale_only"}
+    assert has("gate_only") == {*bench.MAIN, "scale_only", "gate_only"}
+
+
 def test_a_cell_whose_l0_missed_gets_its_other_arms(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "L0_TOLERANCE", -1.0)
-    call(bench, monkeypatch, "--main", "--only", "topk")
+    call(bench, monkeypatch, "--arms", "--only", "topk")
     (cell,) = read_json(tmp_path / "results" / "evidence.json")["cells"]
     assert cell["failed"]
     assert set(cell["arms"]) == {"teacher", *bench.MAIN}
@@ -233,7 +246,7 @@ def test_several_calls_share_the_grid(bench, monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench, "attempt", meanwhile)
     with bench.locked(bench.RUNS / relu.name):  # which it is still at work on, as far as this one can tell
-        call(bench, monkeypatch, "--main")
+        call(bench, monkeypatch, "--arms")
     cells = read_json(tmp_path / "results" / "evidence.json")["cells"]
     assert [cell["family"] for cell in cells] == ["topk", "relu"]
 
