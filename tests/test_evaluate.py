@@ -54,6 +54,7 @@ class CausalMean(nn.Module):
     def token_losses(
         self, tokens: Tensor, hook: str, edits: dict[str, Callable[[Tensor], Tensor]]
     ) -> dict[str, Losses]:
+        assert len(tokens) > 0  # transformers' models refuse to run on nothing
         x = self.activations(tokens, hook)
         clean = self.log_probs(x)
         result = {}

@@ -97,6 +97,23 @@ def test_shares_of_what_is_excluded(host, text, tmp_path) -> None:
     assert store.meta["text"]["documents"] == store.meta["text"]["source/t.jsonl"]
 
 
+def test_sinks_are_made_up_for_within_the_first_shard(host, text, tmp_path, recwarn) -> None:
+    """However many there are: what looked enough before the rule was known is not."""
+    few = make(host, text, tmp_path / "few", n_tokens=1000, sink_ratio=1.1, shard_tokens=4096)
+    assert few.n_tokens == 1000
+    assert few.meta["excluded"]["sink"] > 0.1  # more than a batch of contexts
+    assert [shard["rows"] for shard in few.meta["shards"]] == [1000]
+    assert not [warning for warning in recwarn if "ended after" in str(warning.message)]
+    contexts = -(-few.meta["shards"][0]["seen"]["tokens"] // 16)
+    kept = torch.cat([rows for rows, _ in few.iterate(100)])
+    tokens = torch.stack(
+        [torch.from_numpy(c.tokens) for c in itertools.islice(pack(documents(text), host.tokenizer, 16), contexts)]
+    )
+    x = host.activations(tokens, HOOK).bfloat16()[(tokens != 0) & (tokens != 3)]
+    expected = x[~few.sink_rule.is_sink(x)][:1000].float()
+    torch.testing.assert_close(kept, expected, rtol=0.01, atol=1e-3)  # in order, with nothing left out between
+
+
 def test_sink_rule_finds_planted_sinks() -> None:
     x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)) + 50
     x[::100] *= 30

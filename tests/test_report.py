@@ -562,6 +562,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         (percent(None), "–"),
         (short(1_500_000), "1.5M"),
         (short(250_000), "250K"),
+        (short(999_700), "1M"),
         (short(0.0), "0"),
         (duration(8.31), "8.3 s"),
         (duration(59.99), "60.0 s"),

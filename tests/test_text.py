@@ -147,6 +147,45 @@ def test_broken_rows_and_wrong_splits(tmp_path) -> None:
         list(documents(str(tmp_path), split="test"))  # type: ignore[arg-type]
 
 
+def test_what_editors_and_tables_make_of_text(tmp_path) -> None:
+    """Byte order marks, empty rows, bytes and suffixes in capitals are read; what is no text is refused, not turned into some."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    def texts(path):
+        return sorted(doc.text for split in SPLITS for doc in documents(str(path), split=split))
+
+    (tmp_path / "T.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "w1"}\n{"text": null}\n{"text": "w2"}\n')
+    assert texts(tmp_path / "T.JSONL") == texts(tmp_path) == ["w1", "w2"]
+    (tmp_path / "t.txt").write_bytes("w1 w2".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"t\.txt is not UTF-8 text"):
+        texts(tmp_path / "t.txt")
+    parquet.write_table(pa.table({"text": [b"w1\nw2", None]}), tmp_path / "bytes.parquet")
+    assert texts(tmp_path / "bytes.parquet") == ["w1\nw2"]
+    parquet.write_table(pa.table({"text": [[{"role": "user"}]]}), tmp_path / "lists.parquet")
+    with pytest.raises(ValueError, match=r"lists\.parquet: the text is a list, expected a string"):
+        texts(tmp_path / "lists.parquet")
+    (tmp_path / "n.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"n\.jsonl line 1: the text is a int"):
+        texts(tmp_path / "n.jsonl")
+
+
+def test_copies_that_differ_in_blanks_are_one_document(tmp_path) -> None:
+    lines = [f"w{i} w{j}" for i in range(20) for j in range(20)]
+    rows = [{"text": f"{line}{end}"} for end in ("\n", "\r\n ") for line in lines]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {split: [doc.text.split() for doc in documents(str(tmp_path), split=split)] for split in SPLITS}
+    assert sum(map(len, found.values())) == len(lines)
+    assert len(found["evaluation"]) > 5
+
+
+def test_half_a_pair_of_surrogates_is_packed(tmp_path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "w1 \\ud83d w2"}\n')
+    docs = [doc for split in SPLITS for doc in documents(str(tmp_path), split=split)]
+    ((tokens, _),) = pack(docs, tiny_tokenizer(), 6)
+    assert tiny_tokenizer().convert_ids_to_tokens(tokens) == ["<bos>", "w1", "<unk>", "w2", "\n", "\n"]
+
+
 def test_hub_data_is_streamed(monkeypatch) -> None:
     asked = []
 
@@ -162,7 +201,7 @@ def test_hub_data_is_streamed(monkeypatch) -> None:
     assert len(list(documents("hf:org/data:en[train]", split="train"))) > 0
     assert asked[3] == ("org/data", "en", "train", True)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **b: [{"text": 3}]))
-    with pytest.raises(ValueError, match="text of row 0 is a int, expected a string"):
+    with pytest.raises(ValueError, match=r"hf:org/data\[train\] row 0: the text is a int, expected a string"):
         list(documents("hf:org/data[train]", split="train"))
 
 
@@ -181,6 +220,10 @@ def test_evaluation_contexts(tmp_path) -> None:
     assert contexts.tokens.tolist() == [context.tokens.tolist() for context in expected]
     assert contexts.documents.tolist() == [context.document_ids.tolist() for context in expected]
     assert contexts.sources == ["t.jsonl"]
+    write(tmp_path / "u.jsonl", [f"w{i} w{j} w1" for i in range(20) for j in range(20)])
+    assert evaluation_contexts(tiny_tokenizer(), str(tmp_path), n_tokens=100, context_length=16).sources == ["t.jsonl"]
+    both = evaluation_contexts(tiny_tokenizer(), str(tmp_path), n_tokens=2000, context_length=16)
+    assert both.sources == ["t.jsonl", "u.jsonl"]
     with pytest.raises(ValueError, match=r"less than one context of 5000 tokens"):
         evaluation_contexts(tiny_tokenizer(), str(path), n_tokens=100, context_length=5000)
 

@@ -35,7 +35,7 @@ def sessions(monkeypatch) -> list[Session]:
 def test_logs_and_metrics_of_both_arms(tmp_path, sessions) -> None:
     for arm in ("control", "rsae"):
         (tmp_path / arm).mkdir()
-        (tmp_path / arm / "finetune.json").write_text(json.dumps({"config": {"lr": 0.1}}))
+        (tmp_path / arm / "finetune.json").write_text(json.dumps({"config": {"lr": 0.1}, "done": True}))
         rows = [{"step": step, "loss": 1 / step} for step in (10, 20)]
         (tmp_path / arm / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "metrics.json").write_text(
@@ -53,11 +53,21 @@ def test_logs_and_metrics_of_both_arms(tmp_path, sessions) -> None:
 
 def test_nobody_is_logged_in(tmp_path, sessions, monkeypatch) -> None:
     (tmp_path / "rsae").mkdir()
-    (tmp_path / "rsae" / "finetune.json").write_text('{"config": {}}')
+    (tmp_path / "rsae" / "finetune.json").write_text('{"config": {}, "done": true}')
     (tmp_path / "rsae" / "log.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: 1 / 0)
     with pytest.raises(ValueError, match="`wandb login` first, or set WANDB_MODE=offline"):
         track(tmp_path)
+
+
+def test_an_arm_that_is_still_trained(tmp_path, sessions) -> None:
+    for arm, done in (("control", True), ("rsae", False)):
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "finetune.json").write_text(json.dumps({"config": {}, "done": done}))
+        (tmp_path / arm / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="rsae is not trained to its end"):
+        track(tmp_path)
+    assert sessions == []
 
 
 def test_no_run_folder(tmp_path, sessions) -> None:

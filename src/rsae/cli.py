@@ -424,14 +424,6 @@ def evaluate(
             raise ValueError(
                 f"{run} has no run.json that names its host, hook and text: give --host, --hook and --text"
             )
-        # Beside the run too, where a demo's families or several teachers share them
-        folders = (run / "acts", run.parent / "acts" / hook, run.parent / "acts")
-        stores = [folder / split for folder in folders for split in ("train", "validation")]
-        acts = acts or next((store for store in stores if (store / "meta.json").exists()), None)
-        if acts is None:
-            raise ValueError(
-                f"no activations in {folders[0]} or {folders[2]}: name a store of {host} at {hook} with --acts"
-            )
         metrics, found = evaluate_folder(
             run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, identity_of=identity, progress=progress
         )

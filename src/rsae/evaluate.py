@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsae.allocator import keep_pages
-from rsae.artefacts import Progress, provenance, write_json
+from rsae.artefacts import Progress, provenance, read_json, write_json
 from rsae.harvest import SinkRule
 from rsae.metrics import ArmSums, LossMetrics, NotFinite, ReconstructionMetrics, paired_difference, verdict
 from rsae.text import Contexts
@@ -30,6 +30,29 @@ PAIRS = (("rsae", "control"), ("rsae", "teacher"))
 """The arms that are compared: (a, b) for "a_minus_b"."""
 _RESERVED = {"clean", "zero", "mean", "schema", "config", "provenance", "excluded", "sources", "verdict"}
 """Names that an arm may not have: those of the edits beside the arms', and of the other entries of metrics.json."""
+
+
+def counted(latents: Float[Tensor, "n d_sae"], eps: float) -> Float[Tensor, "n d_sae"]:
+    """Latents, those of at most `eps` in size set to 0: what is measured of a dense gate. (SAELens' TopK can return COO.)"""
+    latents = latents.to_dense() if latents.is_sparse else latents
+    return torch.where(latents.abs() > eps, latents, 0) if eps > 0 else latents
+
+
+def counting_thresholds_of(run: Path, arms: Mapping[str, Any]) -> dict[str, float]:
+    """By dense arm the `eps` of `counted` that the upgrade in a run folder found.
+
+    Raises:
+        ValueError: a dense arm beside a control, and no metrics.json that says what of it is counted.
+    """
+    file = run / "metrics.json"
+    eps = (read_json(file)["config"] if file.exists() else {}).get("eps", {})
+    dense = {arm for arm, sae in arms.items() if getattr(getattr(sae, "gate", None), "support", "hard") == "dense"}
+    if dense - eps.keys() and "control" in arms:
+        raise ValueError(
+            f"{run}: {', '.join(sorted(dense))} has a dense gate, and no metrics.json says what of it is counted: "
+            "run `rsae upgrade --recipe paper` to its end first"
+        )
+    return eps
 
 
 @runtime_checkable
@@ -232,6 +255,8 @@ def evaluate_runs(
                 for key, sae in saes.items()
             }
             for some in ce_contexts[rows].nonzero().squeeze(1).split(max(1, _VARIANTS // len(saes))):
+                if len(some) == 0:  # nothing splits into one part of nothing
+                    continue
                 chosen = torch.zeros(len(tokens), dtype=torch.bool).index_fill_(0, some, True)
                 spliced = chosen[:, None].expand_as(measured)[measured]  # the rows of x that these contexts hold
                 _losses(
@@ -276,11 +301,7 @@ def _reconstruct(
     for start in range(0, len(x), together):
         rows = slice(start, start + together)
         part = x[rows].to(sae.W_dec.device)
-        latents = sae.encode(part)
-        if latents.is_sparse:  # SAELens' TopK can return COO
-            latents = latents.to_dense()
-        if metrics.eps > 0:
-            latents = torch.where(latents.abs() > metrics.eps, latents, 0)
+        latents = counted(sae.encode(part), metrics.eps)
         decoded = sae.decode(latents)
         with _naming(name):
             metrics.update(part, decoded, latents, documents[rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping
@@ -56,6 +57,15 @@ class SinkRule(NamedTuple):
         mean = x.float().mean(0)
         return cls(mean, (x.float() - mean).norm(dim=-1).median().item(), ratio)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"mean": self.mean.tolist(), "median_norm": self.median_norm, "ratio": self.ratio}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SinkRule:
+        """The inverse of `to_dict`."""
+        return cls(torch.tensor(values["mean"]), values["median_norm"], values["ratio"])
+
 
 class ActivationStore:
     """A folder of activation shards written by `harvest`, read back within bounded memory.
@@ -70,7 +80,7 @@ class ActivationStore:
         self.hook: str = meta["config"]["hook"]
         self.host: str = meta["config"]["host"]
         self.n_tokens: int = sum(shard["rows"] for shard in meta["shards"])
-        self.sink_rule = _sink_rule(meta)
+        self.sink_rule = SinkRule.from_dict(meta["sinks"])
         self.mean = self.sink_rule.mean
         self.fingerprint = config_hash({"shards": [shard["sha256"] for shard in meta["shards"]]})
 
@@ -338,7 +348,7 @@ class _Filling:
         self.meta = _resume(path, config, ranks)
         self.first = len(self.meta["shards"])
         self.done: int = sum(shard["rows"] for shard in self.meta["shards"])
-        self.rule = _sink_rule(self.meta) if self.first else None
+        self.rule = SinkRule.from_dict(self.meta["sinks"]) if self.first else None
         self.batches: list[Batch] = []
 
     def add(self, batch: Batch) -> None:
@@ -362,13 +372,12 @@ class _Filling:
             return None
         self.save()
         ratio = self.config["sink_ratio"]
-        rule = SinkRule.fit(torch.cat([batch.rows["activations"] for batch in self.batches]), ratio)
-        return {"mean": rule.mean.tolist(), "median_norm": rule.median_norm, "ratio": ratio}
+        return SinkRule.fit(torch.cat([batch.rows["activations"] for batch in self.batches]), ratio).to_dict()
 
     def set_rule(self, sinks: dict[str, Any]) -> None:
         """Take over what `fit` found, on this rank or another."""
         self.meta |= {"sinks": sinks, "d_in": len(sinks["mean"])}
-        self.rule = rule = _sink_rule(self.meta)
+        self.rule = rule = SinkRule.from_dict(sinks)
         self.batches = [drop_sinks(batch, rule) for batch in self.batches]
 
     def take(self, before: int) -> Batch | None:
@@ -429,8 +438,11 @@ def _fill(
             shard = first + ranks.rank
             wanting = [store for store in stores if store.first <= shard]
             numbers = range(shard * shard_batches, (shard + 1) * shard_batches)
-            read = _run_shard(host, wanting, batches, numbers, ranks, progress)
-            _share_rules(stores, ranks)
+            left, read = _run_shard(host, wanting, batches, numbers, ranks, progress)
+            if any(store.rule is None for store in stores):
+                _share_rules(stores, ranks)
+                if left and read is None:  # what was enough without the rule may not be with it
+                    _, read = _run_shard(host, wanting, batches, left, ranks, progress)
             everyone = ranks.gather(({store.hook: store.rows for store in wanting}, read))
             read = next((read for _, read in everyone if read is not None), None)
             shards = []
@@ -460,13 +472,16 @@ def _run_shard(
     numbers: range,
     ranks: Ranks,
     progress: Progress | None,
-) -> dict[str, int] | None:
-    """Run the batches of these numbers, or as many as the stores need; if the text ends before, how much it was."""
-    if not stores:
-        return None
+) -> tuple[range, dict[str, int] | None]:
+    """Run the batches of these numbers, or as many as the stores need.
+
+    Returns: the numbers that are left, and how much text there was if it has ended.
+    """
+    if all(store.full for store in stores):
+        return numbers, None
     for number, contexts, read in batches:
         if not contexts:
-            return read
+            return numbers, read
         if number < numbers.start:
             continue
         for store, batch in zip(
@@ -478,18 +493,17 @@ def _run_shard(
             done = min(store.done + ranks.world * store.rows for store in stores)  # as if all ranks were as far
             progress("harvest", min(done, n_tokens - 1), n_tokens)
         if number + 1 == numbers.stop or all(store.full for store in stores):
-            return None
+            return range(number + 1, numbers.stop), None
     raise AssertionError("batches end with one that is empty")
 
 
 def _share_rules(stores: list[_Filling], ranks: Ranks) -> None:
     """The sink rules that are not known yet, from the first shard, which rank 0 has."""
     stores = [store for store in stores if store.rule is None]
-    if stores:
-        found = ranks.broadcast([store.fit() if ranks.is_main else None for store in stores])
-        for store, sinks in zip(stores, found, strict=True):
-            if sinks is not None:
-                store.set_rule(sinks)
+    found = ranks.broadcast([store.fit() if ranks.is_main else None for store in stores])
+    for store, sinks in zip(stores, found, strict=True):
+        if sinks is not None:
+            store.set_rule(sinks)
 
 
 def _write(
@@ -558,11 +572,6 @@ def _verify(path: Path, shards: list[dict[str, Any]]) -> None:
             )
 
 
-def _sink_rule(meta: dict[str, Any]) -> SinkRule:
-    sinks = meta["sinks"]
-    return SinkRule(torch.tensor(sinks["mean"]), sinks["median_norm"], sinks["ratio"])
-
-
 Numbered = tuple[int, list[Context], dict[str, int]]
 
 
@@ -612,9 +621,13 @@ def _disk_may_be_full(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot write {path} ({error}): make room, run the same command again, and it continues"
-        ) from error
+        is_denied = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS
+        todo = (
+            "choose a folder that can be written"
+            if is_denied
+            else "make room, run the same command again, and it continues"
+        )
+        raise ValueError(f"cannot write {path} ({error}): {todo}") from error
 
 
 def _groups(blocks: list[tuple[str, int, int]], limit: int) -> Iterator[list[tuple[str, int, int]]]:

@@ -375,8 +375,13 @@ def _packaged(spec: str) -> tuple[str, str]:
             _convert(package, Path(scratch), built)
             files = {file.name: sha256_file(file) for file in sorted(built.iterdir())}
             write_json(built / record, {"gguf_sha256": package.sha256, "files": files})
-            shutil.rmtree(folder, ignore_errors=True)  # leftovers without a record
-            os.replace(built, folder)
+            if not (folder / record).exists():
+                shutil.rmtree(folder, ignore_errors=True)  # leftovers without a record
+            try:
+                os.replace(built, folder)
+            except OSError:
+                if not (folder / record).exists():  # else another process has made the same meanwhile
+                    raise
     for name, expected in read_json(folder / record)["files"].items():
         found = sha256_file(folder / name) if (folder / name).exists() else "no file"
         if found != expected:

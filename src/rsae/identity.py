@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from rsae.allocator import keep_pages
 from rsae.artefacts import Progress
-from rsae.evaluate import LanguageModel, measured_batches
+from rsae.evaluate import LanguageModel, counted, measured_batches
 from rsae.harvest import SinkRule
 from rsae.metrics import RESOLUTION
 from rsae.text import Contexts
@@ -34,6 +34,7 @@ def identity(
     contexts: Contexts,
     *,
     store_stats: SinkRule,
+    eps: Mapping[str, float] | None = None,
     top: int = 20,
     batch_size: int = 16,
     progress: Progress | None = None,
@@ -53,6 +54,7 @@ def identity(
     Args:
         teacher, arms: SAEs of one size, the arms by name; each computes on the device of its W_dec.
         host, hook, contexts, store_stats, batch_size, progress: as `rsae.evaluate.evaluate` takes them.
+        eps: by arm, the size up to which its latents are set to 0 (those of a dense gate).
         top: how many activations of a latent have their contexts compared.
 
     Returns:
@@ -66,7 +68,9 @@ def identity(
             latents of an arm (named); no token measured.
     """
     _check(teacher, arms, host, top, batch_size)
-    theirs, ours = _Running("teacher", teacher, top), {name: _Running(name, sae, top) for name, sae in arms.items()}
+    eps = eps or {}
+    theirs = _Running("teacher", teacher, top)
+    ours = {name: _Running(name, sae, top, eps.get(name, 0.0)) for name, sae in arms.items()}
     n_tokens = 0
     keep_pages()
     for x, positions in _measured(host, hook, contexts, store_stats, batch_size, progress):
@@ -95,9 +99,9 @@ def identity(
 class _Running:
     """What is kept of one SAE's latents: sums about the first token, and the `top` largest of each with their tokens."""
 
-    def __init__(self, name: str, sae: SAE[Any], top: int) -> None:
+    def __init__(self, name: str, sae: SAE[Any], top: int, eps: float = 0.0) -> None:
         d_sae = sae.cfg.d_sae
-        self.name, self.sae = name, sae
+        self.name, self.sae, self.eps = name, sae, eps
         self.origin: Tensor | None = None
         self.sums = torch.zeros(3, d_sae, dtype=torch.float64)  # z, z^2, z times the teacher's z
         self.largest = torch.full((top, d_sae), -torch.inf)  # descending; -inf where there is none yet
@@ -107,8 +111,7 @@ class _Running:
         self, x: Float[Tensor, "n d_in"], positions: Int[Tensor, " n"], theirs: Float[Tensor, "n d_sae"] | None = None
     ) -> Float[Tensor, "n d_sae"]:
         """Add tokens, later than all before; the latents about their origin (float64), which the arms take as `theirs`."""
-        z = self.sae.encode(x.to(self.sae.W_dec.device))
-        z = (z.to_dense() if z.is_sparse else z).float().cpu()  # SAELens' TopK can return COO
+        z = counted(self.sae.encode(x.to(self.sae.W_dec.device)), self.eps).float().cpu()
         if self.origin is None:
             self.origin = z[0].double()
         offset = z.double() - self.origin

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
 from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
-from rsae.evaluate import evaluate, evaluate_runs, loss_contexts
+from rsae.evaluate import counting_thresholds_of, evaluate, evaluate_runs, loss_contexts
 from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_topk_l0, check_trainable, finetune
-from rsae.harvest import ActivationStore, division, harvest_all
+from rsae.harvest import ActivationStore, SinkRule, division, harvest_all
 from rsae.hosts import Host, load_host, named_in_checkpoints
 from rsae.identity import identity as compare_latents
 from rsae.mesh import ALONE, Mesh, shard_of
@@ -495,7 +495,7 @@ def evaluate_folder(
     host: str,
     hook: str,
     text: str,
-    acts: Path,
+    acts: Path | None,
     *,
     tokens: int,
     ce_tokens: int,
@@ -517,19 +517,17 @@ def evaluate_folder(
     teacher = None if identity_of is None else load_teacher(identity_of)
     if teacher is not None and not arms.keys() - {"teacher"}:
         raise ValueError(f"{run} holds the teacher alone: --identity compares other arms with it")
-    # A dense gate counts only beside what it counts: `upgrade` of the paper's recipe says what that is
-    eps = (read_json(run / "metrics.json")["config"] if (run / "metrics.json").exists() else {}).get("eps", {})
-    dense = {arm for arm, sae in arms.items() if isinstance(sae, RationalSAE) and sae.gate.support == "dense"}
-    if dense - eps.keys() and "control" in arms:
-        raise ValueError(
-            f"{run}: {', '.join(sorted(dense))} has a dense gate, and no metrics.json says what of it is counted: "
-            "run `rsae upgrade --recipe paper` to its end first"
-        )
-    store, model = ActivationStore.open(acts), load_host(host)
+    eps = counting_thresholds_of(run, arms)
+    store = ActivationStore.open(_acts_of(run, host, hook) if acts is None else acts)
+    model = load_host(host)
     if not store.is_of(host, model.fingerprint, model.hook_point(hook).name):
         raise ValueError(
-            f"{acts} holds activations of {store.host} at {store.hook}; what is measured is {host} at {hook}"
+            f"{store.path} holds activations of {store.host} at {store.hook}; what is measured is {host} at {hook}"
         )
+    # An upgrade without stored activations to train on has a rule that no store has
+    rule = store.sink_rule
+    if acts is None and (run / "sinks.json").exists():
+        rule = SinkRule.from_dict(read_json(run / "sinks.json"))
     contexts = evaluation_contexts(
         model.tokenizer, text, n_tokens=tokens, context_length=store.meta["config"]["context_length"]
     )
@@ -541,25 +539,38 @@ def evaluate_folder(
         about = {**config, "teacher": str(identity_of), "fingerprint": teacher.fingerprint}
         compared = {"schema": 1, "config": about, "provenance": provenance(), "sources": list(contexts.sources)}
         compared |= compare_latents(
-            teacher.sae.to(model.device), others, model, hook, contexts, store_stats=store.sink_rule, progress=progress
+            teacher.sae.to(model.device), others, model, hook, contexts, store_stats=rule, eps=eps, progress=progress
         )  # fmt: skip
     measured = {**arms, "rsae_dense": arms["rsae"]} if "rsae" in eps else arms
     metrics = evaluate(
-        measured, model, hook, contexts, store_stats=store.sink_rule, ce_tokens=ce_tokens, eps=eps,
+        measured, model, hook, contexts, store_stats=rule, ce_tokens=ce_tokens, eps=eps,
         config={**config, "ce_tokens": ce_tokens, "eps": eps}, progress=progress,
     )  # fmt: skip
     is_upgraded = (run / "run.json").exists() and read_json(run / "run.json").get("done", False)
     if is_upgraded and not (run / UPGRADE_METRICS).exists():
         write_json(run / UPGRADE_METRICS, read_json(run / "metrics.json"))
     write_json(run / "metrics.json", metrics)
+    if compared is not None:
+        write_json(run / "identity.json", compared)
     if (run / "report.html").exists():
         write_report([run], run / "report.html")
     shared = read_json(run.parent / "run.json") if (run.parent / "run.json").exists() else {}
-    if run.name in shared.get("runs", ()) and (run.parent / "report.html").exists():
-        write_report([run.parent / name for name in shared["runs"]], run.parent / "report.html")
-    if compared is not None:
-        write_json(run / "identity.json", compared)
+    runs = [run.parent / name for name in shared.get("runs", ())]
+    if run in runs and (run.parent / "report.html").exists() and all((r / "metrics.json").exists() for r in runs):
+        write_report(runs, run.parent / "report.html")
     return metrics, compared
+
+
+def _acts_of(run: Path, host: str, hook: str) -> Path:
+    """A store of a run folder, or of those beside which it is: a demo's families, or several teachers, share theirs."""
+    folders = (run / "acts", run.parent / "acts" / hook, run.parent / "acts")
+    stores = [folder / split for folder in folders for split in ("train", "validation")]
+    found = next((store for store in stores if (store / "meta.json").exists()), None)
+    if found is None:
+        raise ValueError(
+            f"no activations in {folders[0]} or {folders[2]}: name a store of {host} at {hook} with --acts"
+        )
+    return found
 
 
 class Ledger:
@@ -685,6 +696,7 @@ def _record(
 ) -> None:
     """metrics.json, gate.json and run.json of one upgraded teacher."""
     write_json(run / "metrics.json", metrics)
+    write_json(run / "sinks.json", data.train.sink_rule.to_dict())
     sample = next(iter(data.validation.iterate(1024)))[0]
     write_json(run / "gate.json", gate_curves(arms, sample))
     trained = read_json(run / "rsae" / "finetune.json")[

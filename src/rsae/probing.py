@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, config_hash, provenance, read_json, write_json, write_safetensors
-from rsae.evaluate import Autoencoder, LanguageModel
+from rsae.evaluate import Autoencoder, LanguageModel, counted, counting_thresholds_of
 from rsae.hosts import load_host
 from rsae.teachers import load_teacher
 
@@ -144,9 +144,9 @@ def last_token_activations(
 
 
 def probe_arm(
-    sae: Autoencoder, x: Float[Tensor, "n d_in"], labelled: LabelledSet, *, seeds: int = SEEDS
+    sae: Autoencoder, x: Float[Tensor, "n d_in"], labelled: LabelledSet, *, seeds: int = SEEDS, eps: float = 0.0
 ) -> dict[str, Any]:
-    """One arm on one set, by PROTOCOL, with splits of seeds 0, 1, ..., seeds - 1.
+    """One arm on one set, by PROTOCOL, with splits of seeds 0, 1, ..., seeds - 1. Latents up to `eps` in size are set to 0.
 
     Returns:
         all_zero: whether every latent is 0 on every text; and by k ("1", "2", ...), a number for each seed: auc, accuracy, C, and
@@ -154,8 +154,7 @@ def probe_arm(
     """
     ranking = _package("run_sae_evals")
     with torch.inference_mode():
-        latents = sae.encode(x.to(sae.W_dec.device, torch.float32))
-        latents = (latents.to_dense() if latents.is_sparse else latents).cpu()
+        latents = counted(sae.encode(x.to(sae.W_dec.device, torch.float32)), eps).cpu()
     result: dict[str, Any] = {"all_zero": not bool(latents.any())}
     result |= {str(k): {"auc": [], "accuracy": [], "C": [], "latents": []} for k in KS}
     for seed in range(seeds):
@@ -236,7 +235,9 @@ def probe(
                 f"{host.d_model}, and {max(KS)} latents at least: is it of another model?"
             )
     keep_pages()
-    config = {"protocol": PROTOCOL, "seeds": seeds, "arms": {arm: teacher.fingerprint for arm, teacher in arms.items()}}
+    eps = counting_thresholds_of(run, {arm: teacher.sae for arm, teacher in arms.items()})
+    config: dict[str, Any] = {"protocol": PROTOCOL, "seeds": seeds}
+    config |= {"arms": {arm: teacher.fingerprint for arm, teacher in arms.items()}} | ({"eps": eps} if eps else {})
     results = {}
     for done, name in enumerate(names):
         if progress is not None:
@@ -247,7 +248,10 @@ def probe(
         if not file.exists() or read_json(file).get("key") != key:
             x = _stored(run / "probing" / "acts" / f"{name}.safetensors", config_hash(read), labelled.texts, host, hook)
             train, test = split(labelled, 0)
-            found = {arm: probe_arm(teacher.sae, x, labelled, seeds=seeds) for arm, teacher in arms.items()}
+            found = {
+                arm: probe_arm(teacher.sae, x, labelled, seeds=seeds, eps=eps.get(arm, 0.0))
+                for arm, teacher in arms.items()
+            }
             write_json(file, {"key": key, "n_train": len(train), "n_test": len(test), "arms": found})
         results[name] = read_json(file)
     if progress is not None:

@@ -61,7 +61,8 @@ def documents(spec: str, *, split: Split = "train") -> Iterator[Document]:
             see `sae_probes_documents`); a file or a folder of .txt, .jsonl, .csv, .csv.zst, .parquet (tables: a column
             `text`, `prompt` or `content`); or `hf:dataset[split]` or `hf:dataset:config[split]`, streamed from the hub, column
             `text`.
-        split: files, folders and hub data are divided by a hash of the text: 90% train, 5% validation, 5% evaluation.
+        split: files, folders and hub data are divided by a hash of the text, 90% train, 5% validation, 5% evaluation; texts that
+            differ in blanks and newlines alone are one.
 
     Raises:
         ValueError: unknown spec or split, unreadable file, no text column, missing package.
@@ -77,7 +78,7 @@ def documents(spec: str, *, split: Split = "train") -> Iterator[Document]:
         raise ValueError(f"unknown packaged text {spec!r}: expected package:sae-probes")
     seen: set[bytes] = set()
     for document in _hub_documents(spec) if spec.startswith("hf:") else _file_documents(Path(spec)):
-        digest = _digest(document.text)
+        digest = _digest(" ".join(document.text.split()))
         if digest not in seen and document.text.strip():
             seen.add(digest)
             bucket = int.from_bytes(digest[:4], "big") % 20
@@ -86,7 +87,7 @@ def documents(spec: str, *, split: Split = "train") -> Iterator[Document]:
 
 
 def text_fingerprint(spec: str) -> str:
-    """Names the content behind a spec: the package's version, or the files' names, sizes and times."""
+    """Names the content behind a spec, and how it is split: the package's version, or the files' names, sizes and times."""
     if spec == "package:sae-probes":
         from importlib.metadata import PackageNotFoundError, version
 
@@ -95,9 +96,13 @@ def text_fingerprint(spec: str) -> str:
         except PackageNotFoundError:
             return "missing"
     if spec.startswith("hf:"):
-        return "hub"
+        return f"hub, {_SPLIT_RULE}"
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(Path(spec))]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([_SPLIT_RULE, stats]).encode()).hexdigest()[:16]
+
+
+_SPLIT_RULE = "by a hash of the words"
+"""Changes whenever a text of a file, a folder or the hub may come into another split."""
 
 
 def pack(
@@ -122,7 +127,8 @@ def pack(
     tokens, owners, held, number = [], [], 0, 0
     stream = iter(docs)
     while batch := list(islice(stream, 256)):
-        texts = [document.text + "\n\n" for document in batch]
+        # Half of a pair of surrogates, which JSON may hold, is no character
+        texts = [document.text.encode("utf-8", "replace").decode() + "\n\n" for document in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for document, ids in zip(batch, encoded, strict=True):  # type: ignore[arg-type]
             row = np.asarray(ids, dtype=np.int64)
@@ -156,16 +162,20 @@ def evaluation_contexts(
     Raises:
         ValueError: the split holds less than one context.
     """
-    counts: Counter[str] = Counter()
-    packed = pack(documents(text, split=split), tokenizer, context_length, counts=counts)
+    read: list[str] = []  # the source of each document, some of which will be in no context
+
+    def noted() -> Iterator[Document]:
+        for document in documents(text, split=split):
+            read.append(document.source)
+            yield document
+
+    packed = pack(noted(), tokenizer, context_length)
     contexts = list(islice(packed, max(1, -(-n_tokens // context_length))))
     if not contexts:
         raise ValueError(too_short(text, split, context_length))
-    return Contexts(
-        torch.from_numpy(np.stack([context.tokens for context in contexts])),
-        torch.from_numpy(np.stack([context.document_ids for context in contexts])),
-        sorted(key.removeprefix("source/") for key in counts if key.startswith("source/")),
-    )
+    owners = torch.from_numpy(np.stack([context.document_ids for context in contexts]))
+    sources = sorted({read[number] for number in owners.unique().tolist() if number >= 0})
+    return Contexts(torch.from_numpy(np.stack([context.tokens for context in contexts])), owners, sources)
 
 
 def too_short(text: str, split: str, context_length: int) -> str:
@@ -284,7 +294,7 @@ _SUFFIXES = (".txt", ".jsonl", ".csv", ".csv.zst", ".parquet")
 def _files(path: Path) -> list[Path]:
     """The readable files at a path, sorted."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_SUFFIXES))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(_SUFFIXES))
         if not files:
             raise ValueError(f"folder {path} holds no text: expected files ending in {', '.join(_SUFFIXES)}")
         return files
@@ -292,7 +302,7 @@ def _files(path: Path) -> list[Path]:
         raise ValueError(
             f"text {str(path)!r} not found: expected package:sae-probes, a file or folder, or hf:dataset[split]"
         )
-    if not path.name.endswith(_SUFFIXES):
+    if not path.name.lower().endswith(_SUFFIXES):
         raise ValueError(f"cannot read {path}: expected a file ending in {', '.join(_SUFFIXES)}")
     return [path]
 
@@ -312,20 +322,24 @@ def _file_documents(path: Path) -> Iterator[Document]:
 
 def _file_texts(file: Path) -> Iterator[str]:
     """Texts of one file; a .txt is one document, a table has one a row."""
-    if file.name.endswith(".txt"):
-        yield file.read_text(encoding="utf-8", errors="replace")
-    elif file.name.endswith(".jsonl"):
-        with open(file, encoding="utf-8") as lines:
+    name = file.name.lower()
+    if name.endswith(".txt"):
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+        if "\0" in text:
+            raise ValueError(f"{file} is not UTF-8 text (it holds NUL characters): UTF-16? Save it as UTF-8")
+        yield text
+    elif name.endswith(".jsonl"):
+        with open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _json_text(line, file, number)
-    elif file.name.endswith(".parquet"):
+                    yield from _texts([_json_row(line, file, number)], f"{file} line {number}")
+    elif name.endswith(".parquet"):
         import pyarrow.parquet as parquet
 
         table = parquet.ParquetFile(file)
         column = _text_column(table.schema_arrow.names, file)
         for batch in table.iter_batches(1024, columns=[column]):
-            yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+            yield from _texts(batch.column(0).to_pylist(), f"column {column} of {file}")
     else:
         import pandas as pd
 
@@ -334,12 +348,27 @@ def _file_texts(file: Path) -> Iterator[str]:
             yield from chunk[column].dropna().astype(str)
 
 
-def _json_text(line: str, file: Path, number: int) -> str:
+def _texts(values: Iterable[Any], where: str) -> Iterator[str]:
+    """Texts as they are, or as the bytes of UTF-8; what is empty is left out.
+
+    Raises:
+        ValueError: something else, which has no one way to be read as text.
+    """
+    for value in values:
+        if isinstance(value, bytes):
+            yield value.decode("utf-8", "replace")
+        elif isinstance(value, str):
+            yield value
+        elif value is not None:
+            raise ValueError(f"{where}: the text is a {type(value).__name__}, expected a string")
+
+
+def _json_row(line: str, file: Path, number: int) -> Any:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    if not isinstance(row, dict) or "text" not in row:
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f'{file} line {number}: expected an object with a string "text", got {keys}')
     return row["text"]
@@ -373,12 +402,8 @@ def _hub_documents(spec: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
         if "text" not in row:
             raise ValueError(f"{spec} has no column text; its columns are {', '.join(row)}")
-        text = row["text"]
-        if text is None:  # as an empty cell of a table is left out
-            continue
-        if not isinstance(text, str):
-            raise ValueError(f"{spec}: text of row {number} is a {type(text).__name__}, expected a string")
-        yield Document(f"{name}:{number}", name, text)
+        for text in _texts([row["text"]], f"{spec} row {number}"):
+            yield Document(f"{name}:{number}", name, text)
 
 
 def _digest(text: str) -> bytes:

@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(metrics.get("rsae"), dict):
         raise ValueError(f"{path} has no arm 'rsae' (its keys: {sorted(metrics)}): run `rsae evaluate` again")
     info, gate = (_read_object(file) if (file := folder / name).is_file() else {} for name in ("run.json", "gate.json"))
-    logs = {arm: _read_log(log) for arm in ARMS if (log := folder / arm / "log.jsonl").is_file()}
+    logs = {arm: read_log(log) for arm in ARMS if (log := folder / arm / "log.jsonl").is_file()}
     return Run(folder=folder, metrics=metrics, info=info, gate=gate, logs=logs)
 
 
@@ -91,7 +91,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a last line cut short by a killed run is dropped."""
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = []

@@ -60,7 +60,7 @@ def percent(value: float | None, places: int = 1) -> str:
 def short(value: float) -> str:
     """1234567 as 1.23M: for axis ticks."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
+        if abs(float(f"{value:.3g}")) >= size:
             return f"{value / size:.3g}{suffix}".replace("-", MINUS)
     return f"{value:.3g}".replace("-", MINUS)
 
@@ -301,14 +301,17 @@ def facts(run: Run) -> dict[str, str]:
     finetune = info.get("finetune") or {}
     formula = run.gate.get("formula") or {}
     names = {"bos": "BOS", "special": "other special tokens", "sink": "attention sinks"}
-    known = {"host", "hook", "text", "seed"}
+    known = {"host", "hook", "text", "text_content", "seed"}
     seeds = {"evaluation": config.get("seed"), "fine-tuning": finetune.get("seed")}
     memory = number(info.get("peak_memory_gb"))
     found = {
         "Host": info.get("host") or config.get("host"),
         "Hook": info.get("hook") or config.get("hook"),
         "Text": info.get("text") or config.get("text"),
-        "Evaluation text": config.get("text") if config.get("text") != info.get("text") else None,
+        **{
+            f"Evaluation {name}": config.get(name) if info.get(name) not in (None, config.get(name)) else None
+            for name in ("host", "hook", "text")
+        },
         "Evaluation sources": ", ".join(map(str, metrics.get("sources") or [])),
         "Excluded tokens": ", ".join(f"{names.get(k, k)} {percent(number(v), 2)}" for k, v in excluded.items()),
         "Rule of exclusion": metrics.get("exclusion_rule"),
