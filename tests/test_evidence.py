@@ -89,8 +89,8 @@ def test_what_the_claims_stand_on():
         "is_middle": True,
     }
     assert tables._chosen_on(cell)
+    assert tables._chosen_on(cell | {"seed": 1})  # of the same documents
     for change in (
-        {"seed": 1},
         {"is_middle": False},
         {"expansion": 25},
         {"family": "gated"},
@@ -281,6 +281,20 @@ def test_a_cell_that_cannot_be_run_stands_in_the_table(bench, monkeypatch, tmp_p
     page = (tmp_path / "results" / "EVIDENCE.md").read_text()
     assert "the loss is nan" in page
     assert "| fvu | 0 | 0 | 0 | 1 |" in page
+
+
+def test_a_jumprelu_from_the_start_beside_the_rsae_from_a_relu(bench):
+    say = sys.modules["benchmarks.evidence_tables"]._from_scratch
+    place = {"host": "h", "hook": "b", "expansion": 8, "target_l0": 32, "seed": 0}
+    relu = {**place, "family": "relu", "arms": {"rsae": {"fvu": 0.11, "delta_ce": 0.3}}}
+    jump = {**place, "family": "jumprelu", "arms": {"control": {"fvu": 0.10, "delta_ce": 0.4}}}
+    other = {**jump, "seed": 1, "arms": {"control": {"fvu": 0.5, "delta_ce": 0.1}}}
+    assert say([jump]) == say([relu, other]) == ""
+    said = say([relu, jump, other])
+    assert (
+        "lower FVU than that RSAE in 1 of 1 places, and a lower delta-CE in 0; the RSAE's FVU is +10.0% to +10.0% beside"
+        in said
+    )
 
 
 def test_times_that_are_too_short_to_compare_are_left_out(bench):

@@ -110,10 +110,12 @@ class TestCentred:
         assert host.hook_point("transformer.h.1.mlp").layer == 1
 
     def test_checkpoints_name_it_as_sae_lens_does(self) -> None:
-        found = named_in_checkpoints("centred:gpt2", "blocks.8.hook_resid_pre")
+        read = {"prepend_bos": True, "context_size": 128}
+        found = named_in_checkpoints("centred:gpt2", "blocks.8.hook_resid_pre", **read)
         assert found["model_name"] == "gpt2"
         assert found["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
-        assert named_in_checkpoints("gpt2", "h") == {"model_name": "gpt2", "hook_name": "h"}
+        assert named_in_checkpoints("gpt2", "h", **read) == {"model_name": "gpt2", "hook_name": "h", **read}
+        assert named_in_checkpoints("gpt2", "transformer.h.3", **read)["hook_name"] == "blocks.3.hook_resid_post"
 
     def test_a_model_that_reads_the_mean_is_refused(self, tmp_path) -> None:
         with pytest.raises(ValueError, match="LlamaRMSNorm"):

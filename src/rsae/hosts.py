@@ -330,10 +330,13 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
     )
 
 
-def named_in_checkpoints(spec: str, hook: str) -> dict[str, Any]:
-    """What SAELens' metadata says of an SAE's host and hook, given the host's spec."""
+def named_in_checkpoints(spec: str, hook: str, *, prepend_bos: bool, context_size: int) -> dict[str, Any]:
+    """What SAELens' metadata says of an SAE's host, hook and contexts, without which it cannot put the SAE into a model."""
     centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}} if spec.startswith(CENTRED) else {}
-    return {"model_name": spec.removeprefix(CENTRED), "hook_name": hook, **centred}
+    if layer := re.fullmatch(rf"(?:{'|'.join(map(re.escape, _LAYERS))})\.(\d+)", hook):
+        hook = f"blocks.{layer[1]}.hook_resid_post"  # as SAELens and TransformerLens call it
+    named = {"model_name": spec.removeprefix(CENTRED), "hook_name": hook, **centred}
+    return named | {"prepend_bos": prepend_bos, "context_size": context_size}
 
 
 class _Package(NamedTuple):
@@ -427,9 +430,12 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+_LAYERS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
+
+
 def _layers_path(model: PreTrainedModel) -> str:
     """Path of the list of decoder layers."""
-    for path in ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers"):
+    for path in _LAYERS:
         try:
             if isinstance(model.get_submodule(path), nn.ModuleList):
                 return path

@@ -61,7 +61,7 @@ class RationalFit:
     den_coeffs: tuple[float, ...]
     """q coefficients of A, ascending powers of u from u^1 on; Q = 1 + |A| has the leading 1."""
     centre: float
-    """The minimum of the denominator on the domain's hull."""
+    """Where u is 0: the minimum of the denominator on the domain's hull (relaxed-remez: the middle of it)."""
     scale: float
     """Unit of u; positive."""
     max_error: float
@@ -126,7 +126,7 @@ def fit_gate(
         theta, delta: the threshold and the half-width of the gap left out around it, for gates that jump.
         domain: ascending disjoint intervals (low, high), for a callable only.
         method: "minimax" finds the optimum; "relaxed-remez" is the published initialisation (Chen et al. 2018), which
-            exchanges no points and lands some 2x above the optimum or more.
+            exchanges no points and lands above the optimum: 1.3x for a ReLU of (3, 2), 90x for a JumpReLU of (9, 8).
         grid: number of uniform points on which `mse` is taken.
         seed: of the random start of "relaxed-remez".
 

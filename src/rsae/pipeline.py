@@ -83,6 +83,12 @@ class Data:
     validation: ActivationStore
     evaluation: Contexts
 
+    @property
+    def named_in_checkpoints(self) -> dict[str, Any]:
+        """What the checkpoints of SAEs that are trained on it say of where it is from."""
+        has_bos, length = self.host.tokenizer.bos_token_id is not None, self.evaluation.tokens.shape[1]
+        return named_in_checkpoints(self.host.spec, self.hook, prepend_bos=has_bos, context_size=length)
+
     @classmethod
     def gather(
         cls,
@@ -390,7 +396,7 @@ def demo(
         with ledgers[family].clock("pretrain"):
             sae = pretrain(
                 family, data.train, teacher, d_sae=DEMO_EXPANSION * data.train.d_in, held_out=data.validation,
-                metadata=named_in_checkpoints(host, data.hook), out=run / "teacher", progress=progress,
+                metadata=data.named_in_checkpoints, out=run / "teacher", progress=progress,
             )  # fmt: skip
         arms = train_arms(run, sae, data, config, ledgers[family], progress)
         runs[family] = {arm: trained.to(model.device) for arm, trained in arms.items()}
@@ -437,6 +443,9 @@ def train_arms(
 
     Control and RSAE are trained on the same batches, for the same steps, to the teacher's L0.
     """
+    about = teacher.cfg.metadata
+    for name, value in data.named_in_checkpoints.items():
+        about[name] = value if about[name] is None else about[name]
     if mesh.ranks.is_main and not (run / "teacher" / "cfg.json").exists():
         save_sae(teacher, run / "teacher")
     # A run that was killed goes on with what it has found, which another processor would round otherwise

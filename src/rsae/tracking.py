@@ -23,7 +23,7 @@ def track(run: str | Path, project: str = "rsae") -> int:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError('wandb is not installed: pip install "rsae[track]"') from error
+        raise ValueError("wandb is not installed: pip install wandb") from error
     run = Path(run)
     arms = [arm for arm in ("control", "rsae") if (run / arm / "log.jsonl").exists()]
     if not arms:
