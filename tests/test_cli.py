@@ -164,15 +164,18 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path):
 def test_a_stage_that_comes_again_is_timed_anew(capsys, monkeypatch):
     from rsae import cli
 
-    clock = iter([0.0, 40.0, 100.0, 101.0])
+    clock = iter([0.0, 40.0, 100.0, 101.0, 110.0, 115.0, 120.0, 160.0])
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
-    for done, total in ((0, 4000), (4000, 4000), (10, 30), (30, 30)):
+    for done, total in ((0, 4000), (4000, 4000), (10, 30), (30, 30), (0, 90), (50, 90), (0, 40), (20, 40)):
         cli._lines("evaluate", done, total)
     assert capsys.readouterr().err.splitlines() == [
         "evaluate: 0 of 4,000",
         "evaluate: 4,000 of 4,000 100/s",
         "evaluate: 10 of 30",
         "evaluate: 30 of 30 20/s",
+        "evaluate: 0 of 90",
+        "evaluate: 0 of 40",  # the one before ended early
+        "evaluate: 20 of 40 0.5/s, 40 s left",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import sys
@@ -580,16 +581,19 @@ def _lines(
     stage: str,
     done: int,
     total: int,
-    seen: dict[str, tuple[float, float, int]] = {},  # noqa: B006 - kept between calls
+    seen: dict[str, tuple[float, float, int, int]] = {},  # noqa: B006 - kept between calls
 ) -> None:
     """A line when a stage begins, every LINE_EVERY_S seconds, and when it ends."""
     now = time.monotonic()
-    began, last, first = seen.get(stage, (now, -LINE_EVERY_S, done))
-    if done < total and stage in seen and now - last < LINE_EVERY_S:
+    began, last, first, before = seen.get(stage, (now, -math.inf, done, done))
+    if done < before:  # a stage of this name has come again
+        began, last, first = now, -math.inf, done
+    is_due = done >= total or now - last >= LINE_EVERY_S
+    seen[stage] = (began, now if is_due else last, first, done)
+    if not is_due:
         return
-    seen[stage] = (began, now, first)
     if done >= total:
-        del seen[stage]  # a stage of this name may come again
+        del seen[stage]
     rate = (done - first) / (now - began) if now > began else 0.0
     left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
     print(
