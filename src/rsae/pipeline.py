@@ -160,8 +160,8 @@ def upgrade(
     that is an RSAE already is the same one, trained on with its gate as it is.
 
     Leaves in `out`: preflight.json, acts/ (activations that are stored), teacher/, control/, init/, rsae/ (SAELens checkpoints;
-    the two trained ones with log.jsonl), metrics.json, gate.json, run.json and report.html. A finished stage is not run again, a
-    killed one continues.
+    the two trained ones with log.jsonl), metrics.json, gate.json, sinks.json (which tokens are not measured), run.json and
+    report.html. A finished stage is not run again, a killed one continues.
 
     Args:
         teacher: what `rsae.load_teacher` takes.
