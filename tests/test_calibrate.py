@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsae import calibrate as calibration
-from rsae.calibrate import calibrate, calibrate_threshold, gate_curves, match_l0, mean_l0, pre_acts
+from rsae.calibrate import _edge, calibrate, calibrate_threshold, gate_curves, match_l0, mean_l0, pre_acts
 from rsae.finetune import FinetuneConfig
 from rsae.pretrain import pretrain
 from rsae.sae import RationalSAE
@@ -52,8 +52,15 @@ def test_l0_is_matched_where_some_rows_have_far_more(make_teacher, x):
     matched = match_l0(sae, [uneven], 1.0)
     assert mean_l0(matched, [uneven]) == pytest.approx(1.0, abs=2 / len(x))
     assert (matched.encode(uneven) != 0).sum(1).max() > 5
+    assert mean_l0(match_l0(sae, uneven.split(1), 1.0), [uneven]) == pytest.approx(1.0, abs=2 / len(x))
+
+
+def test_a_batch_with_most_of_all_that_is_active_is_refused():
+    """Of each batch only the largest are kept: where the number that is looked for is not among them, it is not guessed."""
+    values = torch.rand(1, 600) + 1, torch.rand(1000, 600)
     with pytest.raises(ValueError, match="larger batches"):
-        match_l0(sae, uneven.split(1), 1.0)
+        _edge(values, 0.3)
+    assert 1 < _edge([torch.cat(values)], 0.3) < 2
 
 
 def test_one_threshold_where_the_k_largest_are_by_norm(make_teacher, x):

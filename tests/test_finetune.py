@@ -242,6 +242,90 @@ class TestArms:
             assert torch.equal(tensor, before[name])
 
 
+def scaled(sae, factor):
+    """The same function, with rows of W_dec so many times as long."""
+    sae = copied(sae)
+    with torch.no_grad():
+        sae.W_dec *= factor
+        for name in ("W_enc", "b_enc", "b_gate", "b_mag", "threshold"):
+            if name in dict(sae.named_parameters()):
+                sae.get_parameter(name).div_(factor)
+    return sae
+
+
+def without_subtraction(sae, offset):
+    """The same function of activations that are shifted by `offset`, without b_dec subtracted from the input."""
+    sae = copied(sae)
+    with torch.no_grad():
+        for name in ("b_gate", "b_enc", "b_mag"):
+            if name in dict(sae.named_parameters()):
+                slope = sae.r_mag.double().exp() if name == "b_mag" else 1.0
+                sae.get_parameter(name).sub_((slope * ((sae.b_dec + offset).double() @ sae.W_enc.double())).float())
+        sae.b_dec += offset
+    sae.cfg.apply_b_dec_to_input = False
+    return sae
+
+
+class TestForm:
+    """Adam's steps have one size, so an SAE is trained in a form for which that is right, whatever the one it comes in."""
+
+    @pytest.mark.parametrize("is_rational", [False, True])
+    @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "gated"])
+    def test_rows_of_any_length_train_alike(self, teachers, data, held_out, family, is_rational):
+        def trained(sae):
+            if is_rational:
+                sae = calibrate(RationalSAE.from_teacher(sae), [data.x])
+            return finetune(sae, data, SMALL, held_out=held_out)
+
+        unit, long = trained(teachers[family]), trained(scaled(teachers[family], 256.0))
+        assert long.W_dec.norm(dim=1).median() > 100
+        torch.testing.assert_close(long(data.x), unit(data.x), rtol=1e-5, atol=1e-4)
+        assert fvu(long, data) < fvu(teachers[family], data)
+
+    @pytest.mark.parametrize("is_rational", [False, True])
+    @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "gated"])
+    def test_inputs_far_from_0_train_as_those_about_it(self, teachers, data, held_out, family, is_rational):
+        def trained(offset):
+            stores = [copy.copy(store) for store in (data, held_out)]
+            for store in stores:
+                store.x, store.mean = store.x + offset, store.mean + offset
+            sae = without_subtraction(teachers[family], offset)
+            if is_rational:
+                sae = calibrate(RationalSAE.from_teacher(sae), [stores[0].x])
+            return fvu(finetune(sae, stores[0], SMALL, held_out=stores[1]), stores[0])
+
+        far = torch.zeros(D_IN)
+        far[5] = 30_000.0  # some 2,000 in training units
+        assert trained(far) == pytest.approx(trained(torch.zeros(D_IN)), rel=0.03)
+
+    def test_what_is_frozen_comes_back(self, teachers, data, held_out):
+        sae = RationalSAE.from_teacher(scaled(without_subtraction(teachers["jumprelu"], data.mean), 40.0))
+        frozen = finetune(sae, data, replace(SMALL, frozen=("weights",)), held_out=held_out)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            torch.testing.assert_close(getattr(frozen, name), getattr(sae, name), rtol=1e-6, atol=1e-6)
+
+    def test_a_run_in_the_form_that_it_came_in_has_no_form(self, teachers, data, held_out, tmp_path):
+        finetune(teachers["relu"], data, SMALL, held_out=held_out, out=tmp_path / "unit")
+        finetune(scaled(teachers["relu"], 4.0), data, SMALL, held_out=held_out, out=tmp_path / "long")
+        assert "form" not in json.loads((tmp_path / "unit" / "finetune.json").read_text())
+        assert json.loads((tmp_path / "long" / "finetune.json").read_text())["form"] == [4.0, False]
+
+
+def test_gradients_are_taken_where_the_caller_takes_none(teachers, data, held_out):
+    with torch.no_grad():
+        assert fvu(finetune(teachers["relu"], data, SMALL, held_out=held_out), data) < fvu(teachers["relu"], data)
+
+
+def test_a_row_that_is_left_over_may_have_many_active_latents(teachers, data):
+    """The last batch of a store may be one row, and that one with ten times the mean L0."""
+    busy = 5 * data.x[:256].amax(0, keepdim=True)
+    sae = teachers["jumprelu"]
+    l0 = mean_l0(sae, [data.x, busy])
+    assert mean_l0(sae, [busy]) > 4 * l0
+    found = match_l0(sae, [data.x, busy], l0)
+    assert mean_l0(found, [data.x, busy]) == pytest.approx(l0, rel=1e-3)
+
+
 def test_a_damaged_checkpoint_is_named(teachers, data, held_out, tmp_path):
     def stop(name, done, total):
         if done == 17:
@@ -583,7 +667,8 @@ class TestTheLimits:
 
     def test_an_l0_out_of_reach_ends_as_near_as_it_gets(self, teachers, data, held_out, tmp_path):
         how = replace(SMALL, steps=400, target_l0=D_SAE - 1.0)
-        sae = finetune(self.rsae(teachers, data), data, how, held_out=held_out, out=tmp_path / "run")
+        with pytest.warns(UserWarning, match="L0 of 39 is out of reach"):
+            sae = finetune(self.rsae(teachers, data), data, how, held_out=held_out, out=tmp_path / "run")
         assert all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values())
         with torch.no_grad():
             positive = float((sae.pre_acts(held_out.x) > 0).sum(1).float().mean())

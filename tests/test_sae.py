@@ -156,6 +156,20 @@ def test_each_latent_of_a_jumprelu_gets_its_own_scale(make_teacher) -> None:
     assert bool((gate.C_in > 0).all())
 
 
+def test_thresholds_of_dead_latents_do_not_set_the_scale_of_the_others(make_teacher, x) -> None:
+    teacher = make_teacher("jumprelu")
+    is_dead = torch.arange(D_SAE) % 5 < 3
+    with torch.no_grad():
+        teacher.threshold.clamp_(min=0.01)
+        teacher.threshold[is_dead] *= 1e6
+    sae = RationalSAE.from_teacher(teacher)
+    torch.testing.assert_close(sae.gate.C_in, teacher.threshold / 0.1)
+    with torch.no_grad():
+        expected = teacher.encode(x)
+        assert torch.equal(sae.encode(x) != 0, expected != 0)
+        close(sae.encode(x), expected)
+
+
 @pytest.mark.parametrize("norms", ["unit", "non-unit"])
 @pytest.mark.parametrize("support", ["hard", "dense"])
 def test_topk_that_rescales_by_the_decoder_norm(make_teacher, x, norms, support) -> None:

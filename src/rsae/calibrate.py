@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,11 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float, mesh: Mesh = AL
     else:
         # theta -> c theta moves theta s^alpha by c^(1 - alpha). Where there are fewer positive pre-activations than latents to be
         # active, the edge is not positive, and the thresholds go to where next to all of the positive ones are above them
+        if edge <= 0:
+            warnings.warn(
+                f"an L0 of {l0:g} is out of reach: there are fewer positive pre-activations, and L0 stays below",
+                stacklevel=2,
+            )
         threshold.data.mul_(max(max(edge, 0.0) ** (1 / (1 - alpha)), 1e-6))
     return sae
 
@@ -332,7 +338,8 @@ def _edge(values: Iterable[Float[Tensor, "batch d_shard"]], l0: float, mesh: Mes
     for batch in values:
         rows += len(batch)
         total = batch.numel() * mesh.latents.size
-        n = min(math.ceil(4 * l0 * len(batch)) + 1, total)  # of the batch, since some rows have many times l0
+        # Of the batch, since some rows have many times l0; and a batch may be what was left of a store, a row or two
+        n = min(math.ceil(l0 * (4 * len(batch) + 256)) + 1, total)
         largest.append(mesh.largest(batch.reshape(1, -1), n)[0].topk(n, sorted=False).values)
         if n < total:
             seen_to = max(seen_to, float(largest[-1].min()))

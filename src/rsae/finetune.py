@@ -2,7 +2,9 @@
 
 An SAE is trained in units in which the centred activations have norm sqrt(d_in), whatever the scale of the host: every gate here is
 exactly rescaled with its biases, thresholds and scales (phi_c(h) = c phi(h/c)), so the checkpoint is in the host's units again.
-Rows of W_dec keep the norms they came with, or the l1 price and the thresholds would be paid in a sliding currency.
+Rows of W_dec keep the norms they came with, or the l1 price and the thresholds would be paid in a sliding currency; but they are
+divided by a common power of two, and all before them multiplied, so that they are about unit: Adam's steps have one size for all.
+While it trains, an SAE that does not subtract b_dec from its input has the activations' mean subtracted, and its bias moved.
 An SAE that normalises each input (layer_norm, constant_norm_rescale) trains on the normalised ones, and every sample's error counts
 by the scale that it is given back, so that the loss is in the host's units all the same.
 """
@@ -15,6 +17,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -135,6 +138,29 @@ class Step(NamedTuple):
     """Mean number of latents that are not 0."""
 
 
+class Form(NamedTuple):
+    """The same function, written otherwise for as long as it trains."""
+
+    fold: float = 1.0
+    """What rows of W_dec are divided by, and the encoder with its biases, thresholds and scales multiplied: a power of two."""
+    centre: Float[Tensor, " d_in"] | None = None
+    """What is subtracted from the input, where the SAE subtracts nothing, and made up for in its bias; in the host's units."""
+
+    @classmethod
+    def of(cls, sae: SAE[Any], mean: Float[Tensor, " d_in"]) -> Form:
+        """The form that Adam can train: rows of about norm 1, in the middle of them, and inputs about 0."""
+        norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float32)
+        norms = norms[(norms > 0) & norms.isfinite()]
+        fold = 2.0 ** round(math.log2(norms.median().item())) if len(norms) else 1.0
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            fold = 1.0  # its rows are made unit before it trains
+        is_about_0 = sae.cfg.apply_b_dec_to_input or sae.cfg.normalize_activations in NORMALISED
+        return cls(fold, None if is_about_0 else mean)
+
+
+AS_IT_IS = Form()
+
+
 class Trainee(nn.Module, ABC):
     """The parameters of an SAE in training units, and one step's loss. A subclass for each kind of gate.
 
@@ -151,22 +177,32 @@ class Trainee(nn.Module, ABC):
     row_scale: Float[Tensor, "batch 1"] | None = None
     """Of the batch at work, where inputs are normalised: what its reconstruction is multiplied by."""
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
+    def __init__(
+        self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
+    ) -> None:
         super().__init__()
         self.mesh = mesh
         self.normalize = sae.cfg.normalize_activations
         self.error_unit = unit
         unit = 1.0 if self.normalize in NORMALISED else unit
-        self.config, self.unit = config, unit
-        self.subtracts = bool(sae.cfg.apply_b_dec_to_input)
+        self.config, self.unit, self.fold = config, unit, form.fold
+        self.h_unit = unit / form.fold  # of pre-activations, thresholds and latents
+        self.subtracts, self.is_centred = bool(sae.cfg.apply_b_dec_to_input), form.centre is not None
         weights = {name: tensor.detach().float() for name, tensor in sae.state_dict().items()}
-        self.W_enc = nn.Parameter(weights["W_enc"].T.contiguous())  # (d_sae, d_in): a latent's weights lie together
-        self.b_enc = nn.Parameter(weights[self.encoder_bias] / unit)
-        self.W_dec = nn.Parameter(weights["W_dec"].clone())
+        self.W_enc = nn.Parameter(
+            weights["W_enc"].T.contiguous() * self.fold
+        )  # (d_sae, d_in): a latent's weights lie together
+        self.b_enc = nn.Parameter(weights[self.encoder_bias] / self.h_unit)
+        self.W_dec = nn.Parameter(weights["W_dec"] / self.fold)
         self.b_dec = nn.Parameter(weights["b_dec"] / unit)
         # What the encoder's input is centred on stays as it came, and b_dec learns as the decoder's alone: `export` puts what lies
         # between into the encoder's bias. Tied, the estimated gradient of an edge would shift every token's reconstruction
-        self.register_buffer("centre", self.b_dec.detach().clone() if self.subtracts else torch.zeros_like(self.b_dec))
+        centre = self.b_dec.detach().clone() if self.subtracts else torch.zeros_like(self.b_dec)
+        if form.centre is not None:
+            centre += form.centre.to(centre) / unit
+        self.register_buffer("centre", centre)
+        with torch.no_grad():
+            self.b_enc += self.at_centre()
         norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
         self.register_buffer("norms", norms, persistent=False)
 
@@ -234,17 +270,24 @@ class Trainee(nn.Module, ABC):
     def write_gate(self, sae: SAE[Any]) -> None:
         """Write thresholds and scales, in the host's units, into `sae`."""
 
+    def at_centre(self) -> Float[Tensor, " d_sae"]:
+        """What the encoder makes of `centre`, where that is subtracted for the training alone."""
+        if not self.is_centred:
+            return torch.zeros_like(self.b_enc)
+        rows = self.W_enc.detach().split(4096)  # in float64: the centre may be thousands of times what lies about it
+        return torch.cat([(part.double() @ self.centre.double()).float() for part in rows])
+
     def shift(self) -> Float[Tensor, " d_sae"]:
-        """What b_enc takes up when the input is centred on b_dec as it is now."""
-        return self.W_enc @ (self.b_dec - self.centre) if self.subtracts else torch.zeros_like(self.b_enc)
+        """What b_enc takes up when the input is centred as the SAE does it: on b_dec as it is now, or not at all."""
+        return self.W_enc @ (self.b_dec - self.centre) if self.subtracts else -self.at_centre()
 
     @torch.no_grad()
     def export(self, sae: SAE[Any]) -> SAE[Any]:
         """A copy of `sae` with what was trained, in the host's units."""
         sae = copied(sae)
-        sae.W_enc.copy_(self.W_enc.T)
-        sae.get_parameter(self.encoder_bias).copy_((self.b_enc + self.shift()) * self.unit)
-        sae.W_dec.copy_(self.W_dec)
+        sae.W_enc.copy_(self.W_enc.T / self.fold)
+        sae.get_parameter(self.encoder_bias).copy_((self.b_enc + self.shift()) * self.h_unit)
+        sae.W_dec.copy_(self.W_dec * self.fold)
         sae.b_dec.copy_(self.b_dec * self.unit)
         self.write_gate(sae)
         return sae
@@ -311,8 +354,10 @@ class ReLUTrainee(SparseTrainee):
 
     price: Tensor
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
-        super().__init__(sae, unit, config, mesh)
+    def __init__(
+        self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
+    ) -> None:
+        super().__init__(sae, unit, config, mesh, form)
         if config.objective == "l0":
             raise ValueError("a ReLU has no threshold for objective 'l0' to move: use 'l1' or 'matched-l0'")
         self.register_buffer("price", torch.tensor(float(config.penalty or 0.0)))
@@ -356,10 +401,13 @@ class GatedTrainee(ReLUTrainee):
 
     encoder_bias = "b_gate"
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
-        super().__init__(sae, unit, config, mesh)
+    def __init__(
+        self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
+    ) -> None:
+        super().__init__(sae, unit, config, mesh, form)
         self.r_mag = nn.Parameter(sae.get_parameter("r_mag").detach().float().clone())
-        self.b_mag = nn.Parameter(sae.get_parameter("b_mag").detach().float() / self.unit)
+        b_mag = sae.get_parameter("b_mag").detach().float() / self.h_unit
+        self.b_mag = nn.Parameter(b_mag + self.r_mag.detach().exp() * self.at_centre())
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         r_mag, b_gate, b_mag = (sparse.at_latents(p, entries) for p in (self.r_mag, self.b_enc, self.b_mag))
@@ -377,7 +425,7 @@ class GatedTrainee(ReLUTrainee):
 
     def write_gate(self, sae: SAE[Any]) -> None:
         sae.get_parameter("r_mag").copy_(self.r_mag)
-        sae.get_parameter("b_mag").copy_((self.b_mag + self.r_mag.exp() * self.shift()) * self.unit)
+        sae.get_parameter("b_mag").copy_((self.b_mag + self.r_mag.exp() * self.shift()) * self.h_unit)
 
 
 class TopKTrainee(SparseTrainee):
@@ -391,8 +439,10 @@ class TopKTrainee(SparseTrainee):
     loop = 4
     silent: Tensor
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
-        super().__init__(sae, unit, config, mesh)
+    def __init__(
+        self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
+    ) -> None:
+        super().__init__(sae, unit, config, mesh, form)
         self.k: int = sae.cfg.k
         self.register_buffer("silent", torch.zeros(sae.cfg.d_sae))  # tokens since a latent was last active
 
@@ -439,12 +489,14 @@ class ThresholdTrainee(SparseTrainee):
 
     silent: Tensor
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
-        super().__init__(sae, unit, config, mesh)
+    def __init__(
+        self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
+    ) -> None:
+        super().__init__(sae, unit, config, mesh, form)
         gate = sae.gate if isinstance(sae, RationalSAE) else None
         threshold = gate.threshold if gate is not None else sae.threshold
         assert isinstance(threshold, Tensor)
-        theta = threshold.detach().float() / self.unit
+        theta = threshold.detach().float() / self.h_unit
         self.log_threshold = nn.Parameter(theta.clamp(min=1e-3).log())  # a JumpReLU may have some at 0
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
         self.surrogate = config.surrogate
@@ -455,7 +507,7 @@ class ThresholdTrainee(SparseTrainee):
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
         self.l0_asked = max(1, round(config.target_l0 or 1))  # whole, as the gate's k
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
-        self.amplitude = TrainableGate(gate, self.unit, mesh) if gate is not None else None
+        self.amplitude = TrainableGate(gate, self.h_unit, mesh) if gate is not None else None
 
     def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
         return {"thresholds": [self.log_threshold], **(self.amplitude.parts() if self.amplitude is not None else {})}
@@ -503,10 +555,10 @@ class ThresholdTrainee(SparseTrainee):
         self.log_threshold.data.add_(step.clamp(-0.1, 0.1)).clamp_(min=LOWEST)
 
     def state_of_gate(self) -> dict[str, float]:
-        return {"median_threshold": self.log_threshold.detach().exp().median().item() * self.unit}
+        return {"median_threshold": self.log_threshold.detach().exp().median().item() * self.h_unit}
 
     def write_gate(self, sae: SAE[Any]) -> None:
-        threshold = self.log_threshold.exp() * self.unit if self.log_threshold.requires_grad else None
+        threshold = self.log_threshold.exp() * self.h_unit if self.log_threshold.requires_grad else None
         if self.amplitude is not None:
             self.amplitude.write(sae, threshold)
         elif threshold is not None:
@@ -516,14 +568,16 @@ class ThresholdTrainee(SparseTrainee):
 class DenseTrainee(Trainee):
     """The paper's gate: no latent is exactly 0, so everything is dense, and an l1 price is all that keeps latents small."""
 
-    def __init__(self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> None:
-        super().__init__(sae, unit, config, mesh)
+    def __init__(
+        self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
+    ) -> None:
+        super().__init__(sae, unit, config, mesh, form)
         assert isinstance(sae, RationalSAE)
         if config.objective != "l1":
             raise ValueError(
                 f"a dense gate has no zeros to count: use objective 'l1' with a penalty; got {config.objective!r}"
             )
-        self.amplitude = TrainableGate(sae.gate, self.unit, mesh)
+        self.amplitude = TrainableGate(sae.gate, self.h_unit, mesh)
 
     def gate_parts(self) -> dict[Part, list[nn.Parameter]]:
         return self.amplitude.parts()
@@ -597,9 +651,11 @@ def kind_of(sae: SAE[Any]) -> type[Trainee]:
     return kinds[architecture]
 
 
-def trainee_for(sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE) -> Trainee:
+def trainee_for(
+    sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
+) -> Trainee:
     """The Trainee of an SAE."""
-    return kind_of(sae)(sae, unit, config, mesh)
+    return kind_of(sae)(sae, unit, config, mesh, form)
 
 
 def schedule(step: int, config: FinetuneConfig) -> float:
@@ -740,6 +796,9 @@ def finetune(
         "data": data.fingerprint,
         "held_out": held_out.fingerprint,
     }
+    form = Form.of(sae, data.mean)
+    if form.fold != 1 or form.centre is not None:
+        inputs["form"] = [form.fold, form.centre is not None]
     mesh.ranks.agree("inputs and settings", config_hash(inputs))
     folder = _Folder(out, inputs, mesh) if out is not None else None
     if folder is not None and folder.done:
@@ -755,10 +814,11 @@ def finetune(
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     part = _ready_to_train(part, sample, config, target, mesh)
     config = replace(config, target_l0=target)
-    trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh).to(mesh.device)
+    trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh, form).to(mesh.device)
     del sample
     part.cpu()  # the trainee has weights of its own
-    _train(trainee, data, config, target, folder, progress, name)
+    with torch.enable_grad():
+        _train(trainee, data, config, target, folder, progress, name)
     part = trainee.export(part).to(mesh.device)
     del trainee
     if config.objective == "matched-l0" and "thresholds" not in config.frozen:
@@ -890,7 +950,9 @@ def _ready_to_train(sae: SAE[Any], sample: list[Tensor], config: FinetuneConfig,
         share = 1.0 if bool((thresholds > 0).any()) else RELU_START
         typical = _mean_active(sae, sample, mesh)
         gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
-        matched = match_l0(sae, sample, share * l0, mesh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an L0 out of reach is said of where training ends, not of where it starts
+            matched = match_l0(sae, sample, share * l0, mesh)
         assert isinstance(matched, RationalSAE)
         sae, gate = matched, matched.gate
     if gate.alpha in (0, 1):  # what lies between was trained so

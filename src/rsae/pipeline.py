@@ -452,6 +452,8 @@ def train_arms(
     if (l0 := config.finetune.target_l0 or ledger.about.get("target_l0")) is None:
         validation = (x for x, _ in data.validation.iterate(2048))
         l0 = mean_l0(shard_of(teacher, mesh).to(mesh.device), validation, mesh)
+    if l0 == 0:
+        raise ValueError("no latent of this SAE is active on the held-out activations: another model, hook or scale?")
     ledger.write(target_l0=l0)
     settings = replace(config.finetune, target_l0=l0)
 

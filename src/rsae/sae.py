@@ -237,10 +237,11 @@ class RationalSAE(SAE[RationalSAEConfig]):
         scales: float | Tensor = C_in
         if theta is not None:
             # A latent whose threshold is 0 is a ReLU. Hard support has it exactly at any scale; a dense jump at a tiny
-            # threshold, with the gate's own slope 1 beyond the design interval, is as good as one
+            # threshold, with the gate's own slope 1 beyond the design interval, is as good as one. Most thresholds may be
+            # those of dead latents, far above the others: with hard support each is its own latent's scale
             typical = theta[theta > 0].median() if bool((theta > 0).any()) else theta.new_tensor(C_in * THETA)
-            instead = typical if support == "hard" else 1e-3 * typical
-            scales = torch.where(theta > 1e-3 * typical, theta, instead) / THETA
+            least, instead = (1e-12 * typical, typical) if support == "hard" else (1e-3 * typical, 1e-3 * typical)
+            scales = torch.where(theta > least, theta, instead) / THETA
         elif k is not None and support == "dense":
             scales = 1.0 / THETA  # times the sample's own threshold, in the gate
 
