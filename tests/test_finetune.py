@@ -266,6 +266,21 @@ def without_subtraction(sae, offset):
     return sae
 
 
+def with_a_constant_latent(sae, offset):
+    """The same function of activations that are shifted by `offset`, which a latent that is always active makes up for."""
+    sae, size = copied(sae), offset.norm()
+    with torch.no_grad():
+        sae.b_enc -= offset @ sae.W_enc
+        sae.W_enc[:, 0], sae.b_enc[0], sae.W_dec[0] = 0.0, size, offset / size
+    return sae
+
+
+def moved(store, offset):
+    store = copy.copy(store)
+    store.x, store.mean = store.x + offset, store.mean + offset
+    return store
+
+
 class TestForm:
     """Adam's steps have one size, so an SAE is trained in a form for which that is right, whatever the one it comes in."""
 
@@ -286,20 +301,26 @@ class TestForm:
     @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "gated"])
     def test_inputs_far_from_0_train_as_those_about_it(self, teachers, data, held_out, family, is_rational):
         def trained(offset):
-            stores = [copy.copy(store) for store in (data, held_out)]
-            for store in stores:
-                store.x, store.mean = store.x + offset, store.mean + offset
-            sae = without_subtraction(teachers[family], offset)
+            store, sae = moved(data, offset), without_subtraction(teachers[family], offset)
             if is_rational:
-                sae = calibrate(RationalSAE.from_teacher(sae), [stores[0].x])
-            return fvu(finetune(sae, stores[0], SMALL, held_out=stores[1]), stores[0])
+                sae = calibrate(RationalSAE.from_teacher(sae), [store.x])
+            return fvu(finetune(sae, store, SMALL, held_out=moved(held_out, offset)), store)
 
         far = torch.zeros(D_IN)
         far[5] = 30_000.0  # some 2,000 in training units
         assert trained(far) == pytest.approx(trained(torch.zeros(D_IN)), rel=0.03)
 
+    @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
+    def test_a_b_dec_far_from_the_mean_is_no_centre(self, teachers, data, held_out, family):
+        far = torch.zeros(D_IN)
+        far[5] = 5_000.0
+        teacher, store = with_a_constant_latent(teachers[family], far), moved(data, far)
+        sae = finetune(teacher, store, replace(SMALL, lr=1e-3), held_out=moved(held_out, far))
+        assert sae.cfg.apply_b_dec_to_input
+        assert fvu(sae, store) < fvu(teacher, store)
+
     def test_what_is_frozen_comes_back(self, teachers, data, held_out):
-        sae = RationalSAE.from_teacher(scaled(without_subtraction(teachers["jumprelu"], data.mean), 40.0))
+        sae = RationalSAE.from_teacher(scaled(without_subtraction(teachers["jumprelu"], 0.0), 40.0))
         frozen = finetune(sae, data, replace(SMALL, frozen=("weights",)), held_out=held_out)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             torch.testing.assert_close(getattr(frozen, name), getattr(sae, name), rtol=1e-6, atol=1e-6)

@@ -4,7 +4,9 @@ An SAE is trained in units in which the centred activations have norm sqrt(d_in)
 exactly rescaled with its biases, thresholds and scales (phi_c(h) = c phi(h/c)), so the checkpoint is in the host's units again.
 Rows of W_dec keep the norms they came with, or the l1 price and the thresholds would be paid in a sliding currency; but they are
 divided by a common power of two, and all before them multiplied, so that they are about unit: Adam's steps have one size for all.
-While it trains, an SAE that does not subtract b_dec from its input has the activations' mean subtracted, and its bias moved.
+While it trains, an SAE that does not subtract b_dec from its input, or one far from the activations' mean, has that mean
+subtracted, and its bias moved: a coordinate of the residual stream may be 100 away from 0, and Adam's steps in its weights would
+do 100 times too much to a pre-activation.
 An SAE that normalises each input (layer_norm, constant_norm_rescale) trains on the normalised ones, and every sample's error counts
 by the scale that it is given back, so that the loss is in the host's units all the same.
 """
@@ -54,6 +56,8 @@ SILENT_TOKENS = 100_000
 AUXILIARY = 1 / 32
 # No log-threshold, in training units, goes below: a latent that nothing wakes, or an L0 out of reach, would take it where exp is 0.
 LOWEST = math.log(1e-6)
+# A b_dec with a coordinate so far from the activations' mean, in training units, is no centre for them.
+FAR = 10
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
 RELU_START = 0.8
 
@@ -144,7 +148,7 @@ class Form(NamedTuple):
     fold: float = 1.0
     """What rows of W_dec are divided by, and the encoder with its biases, thresholds and scales multiplied: a power of two."""
     centre: Float[Tensor, " d_in"] | None = None
-    """What is subtracted from the input, where the SAE subtracts nothing, and made up for in its bias; in the host's units."""
+    """What is subtracted from the input, and made up for in the bias, instead of what the SAE subtracts; in the host's units."""
 
     @classmethod
     def of(cls, sae: SAE[Any], mean: Float[Tensor, " d_in"]) -> Form:
@@ -156,6 +160,12 @@ class Form(NamedTuple):
             fold = 1.0  # its rows are made unit before it trains
         is_about_0 = sae.cfg.apply_b_dec_to_input or sae.cfg.normalize_activations in NORMALISED
         return cls(fold, None if is_about_0 else mean)
+
+    def centred(self, sae: SAE[Any], mean: Float[Tensor, " d_in"], unit: float) -> Form:
+        """The same, about the activations' mean where that is far from the b_dec that the SAE subtracts."""
+        subtracts = sae.cfg.apply_b_dec_to_input and sae.cfg.normalize_activations not in NORMALISED
+        is_far = subtracts and float((sae.b_dec.detach().float().cpu() - mean.cpu()).abs().max()) > FAR * unit
+        return self._replace(centre=mean) if is_far else self
 
 
 AS_IT_IS = Form()
@@ -198,11 +208,9 @@ class Trainee(nn.Module, ABC):
         # What the encoder's input is centred on stays as it came, and b_dec learns as the decoder's alone: `export` puts what lies
         # between into the encoder's bias. Tied, the estimated gradient of an edge would shift every token's reconstruction
         centre = self.b_dec.detach().clone() if self.subtracts else torch.zeros_like(self.b_dec)
-        if form.centre is not None:
-            centre += form.centre.to(centre) / unit
-        self.register_buffer("centre", centre)
-        with torch.no_grad():
-            self.b_enc += self.at_centre()
+        self.register_buffer("centre", centre if form.centre is None else form.centre.to(centre) / unit)
+        if self.is_centred:
+            self.b_enc.data -= self.shift()
         norms = self.W_dec.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
         self.register_buffer("norms", norms, persistent=False)
 
@@ -270,16 +278,14 @@ class Trainee(nn.Module, ABC):
     def write_gate(self, sae: SAE[Any]) -> None:
         """Write thresholds and scales, in the host's units, into `sae`."""
 
-    def at_centre(self) -> Float[Tensor, " d_sae"]:
-        """What the encoder makes of `centre`, where that is subtracted for the training alone."""
-        if not self.is_centred:
-            return torch.zeros_like(self.b_enc)
-        rows = self.W_enc.detach().split(4096)  # in float64: the centre may be thousands of times what lies about it
-        return torch.cat([(part.double() @ self.centre.double()).float() for part in rows])
-
+    @torch.no_grad()
     def shift(self) -> Float[Tensor, " d_sae"]:
-        """What b_enc takes up when the input is centred as the SAE does it: on b_dec as it is now, or not at all."""
-        return self.W_enc @ (self.b_dec - self.centre) if self.subtracts else -self.at_centre()
+        """What the encoder's biases take up when the input is centred as the SAE does it: on b_dec as it is now, or not at all."""
+        if not self.is_centred:
+            return self.W_enc @ (self.b_dec - self.centre) if self.subtracts else torch.zeros_like(self.b_enc)
+        by = (self.b_dec if self.subtracts else torch.zeros_like(self.b_dec)) - self.centre
+        # In float64: it may be thousands of times what lies about the centre
+        return torch.cat([(rows.double() @ by.double()).float() for rows in self.W_enc.split(4096)])
 
     @torch.no_grad()
     def export(self, sae: SAE[Any]) -> SAE[Any]:
@@ -407,7 +413,7 @@ class GatedTrainee(ReLUTrainee):
         super().__init__(sae, unit, config, mesh, form)
         self.r_mag = nn.Parameter(sae.get_parameter("r_mag").detach().float().clone())
         b_mag = sae.get_parameter("b_mag").detach().float() / self.h_unit
-        self.b_mag = nn.Parameter(b_mag + self.r_mag.detach().exp() * self.at_centre())
+        self.b_mag = nn.Parameter(b_mag - self.r_mag.detach().exp() * self.shift() if self.is_centred else b_mag)
 
     def latents(self, h: Tensor, entries: sparse.Entries) -> Tensor:
         r_mag, b_gate, b_mag = (sparse.at_latents(p, entries) for p in (self.r_mag, self.b_enc, self.b_mag))
@@ -814,7 +820,8 @@ def finetune(
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     part = _ready_to_train(part, sample, config, target, mesh)
     config = replace(config, target_l0=target)
-    trainee = trainee_for(part, _unit(sample[:4], data.mean), config, mesh, form).to(mesh.device)
+    unit = _unit(sample[:4], data.mean)
+    trainee = trainee_for(part, unit, config, mesh, form.centred(part, data.mean, unit)).to(mesh.device)
     del sample
     part.cpu()  # the trainee has weights of its own
     with torch.enable_grad():
