@@ -95,8 +95,10 @@ DIFFERS = _prose("""
 NOT_HERE = _prose("""
     **What is not here.** Teachers trained by BatchTopK, which SAELens runs as the JumpReLUs that they become. Parts apart,
     identity and probing of the cells that do not stand under these heads below, Gemma's among them. Tables of the loss
-    recovered, KL and histograms, which are in evidence.json alone. Teachers of 20 M tokens: these saw 6. More than one seed at
-    other sparsities and layers. The model's loss is measured on a part of the tokens, for what it costs on two processors.
+    recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained, on 20 M tokens or more: these
+    are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are brought into that
+    form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed at other sparsities
+    and layers. The model's loss is measured on a part of the tokens, for what it costs on two processors.
 """)
 Cell = dict[str, Any]
 
