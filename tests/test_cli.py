@@ -146,7 +146,10 @@ def test_harvest_of_several_hooks_has_a_folder_for_each(tmp_path):
         (["upgrade", "t", "--host", "h", "--hook", "b", "--text", "t", "--out", "o", "--seed", "-1"], "seed"),
         (["harvest", "--host", "package:none", "--hook", "b", "--text", "t", "--out", "o"], "package:"),
         (["report", "nowhere"], "metrics.json"),
-        (["evaluate", "nowhere", "--host", "h", "--hook", "b", "--text", "t"], "a store of h at b with --acts"),
+        (
+            ["evaluate", "nowhere", "--host", "h", "--hook", "b", "--text", "t"],
+            "nowhere holds none of teacher, control, init, rsae",
+        ),
         (["evaluate", "nowhere", "--host", "h", "--hook", "b", "--text", "t", "--acts", "a"], "nowhere"),
     ],
 )

@@ -138,6 +138,12 @@ def test_a_finished_run_may_be_measured_again_but_not_lose_its_page(demo_run, ho
         metrics.write_bytes(kept[1])
 
 
+def test_a_run_without_activations_needs_a_store(demo_run, host, text, tmp_path):
+    shutil.copytree(demo_run[0] / "relu", tmp_path / "relu")
+    with pytest.raises(ValueError, match=r"no activations in .*: name a store of .* with --acts"):
+        evaluate_folder(tmp_path / "relu", host, HOOK, text, None, tokens=200, ce_tokens=200, progress=None)
+
+
 def test_a_page_about_several_runs_follows_when_one_is_measured_again(demo_run, host, text, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(demo_run[0], out)

@@ -331,6 +331,16 @@ def test_l0_mismatch_is_loud_and_no_win(tmp_path: Path) -> None:
     assert re.search(r'<td class="best">0\.2327', row)
 
 
+def test_a_control_that_training_harmed_is_loud(tmp_path: Path) -> None:
+    def interval(fvu: list[float], delta_ce: list[float]) -> Callable[[dict[str, Any]], None]:
+        return lambda files: files["metrics"].update(control_minus_teacher={"fvu": fvu, "delta_ce": delta_ce})
+
+    better = one(tmp_path / "better", "relu", interval([-0.03, -0.04, -0.02], [0.0, -0.01, 0.01]))
+    assert "worse than the frozen teacher" not in better + one(tmp_path / "unknown", "relu")
+    text = words(one(tmp_path / "worse", "relu", interval([0.022, 0.02, 0.024], [0.031, 0.02, 0.04])))
+    assert "! The control is worse than the frozen teacher (FVU +2.2% and ΔCE +0.031 nats)" in text
+
+
 @pytest.mark.parametrize(("ratio", "matched"), [(1.0099, True), (0.9901, True), (1.0101, False), (0.9899, False)])
 def test_l0_is_matched_within_one_percent(tmp_path: Path, ratio: float, matched: bool) -> None:
     def scale(files: dict[str, Any]) -> None:

@@ -664,7 +664,7 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
     from rsae.report.runs import ARMS
-    from rsae.report.words import MATCHED
+    from rsae.report.words import MATCHED, harmed
 
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
@@ -689,6 +689,8 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
     if eps := metrics.get("config", {}).get("eps"):  # of a dense gate, which has no zeros of its own
         counted = ", ".join(f"{ARMS[arm]} |z| > {value:.4g}" for arm, value in eps.items())
         console.print(f"counted, and all else set to 0: {counted}")
+    if said := harmed(metrics):
+        console.print(said, highlight=False)
     if "verdict" in metrics:
         ours, theirs = metrics["rsae"]["l0"], metrics["control"]["l0"]
         if theirs and abs(ours / theirs - 1) > MATCHED:

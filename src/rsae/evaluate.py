@@ -18,7 +18,7 @@ from rsae.metrics import ArmSums, LossMetrics, NotFinite, ReconstructionMetrics,
 from rsae.text import Contexts
 
 COMPARISON_RULE = (
-    "rsae minus the other arm: [difference, low, high], the 95% interval of a bootstrap paired by document; fvu is "
+    "a_minus_b: [difference, low, high], the 95% interval of a bootstrap paired by document; fvu is "
     "relative to the other's, delta_ce in nats per token; the verdict (on the control) is a tie where the interval "
     "holds 0, and for alive and dense within 0.1 percentage point"
 )
@@ -26,7 +26,7 @@ _LATENTS = 1 << 23  # latents of the tokens that are encoded together
 _VARIANTS = 16  # contexts that the host's later layers run at once, counting one for each arm
 Key = tuple[str, str]
 """(run, arm)."""
-PAIRS = (("rsae", "control"), ("rsae", "teacher"))
+PAIRS = (("rsae", "control"), ("rsae", "teacher"), ("control", "teacher"))
 """The arms that are compared: (a, b) for "a_minus_b"."""
 _RESERVED = {"clean", "zero", "mean", "schema", "config", "provenance", "excluded", "sources", "verdict"}
 """Names that an arm may not have: those of the edits beside the arms', and of the other entries of metrics.json."""

@@ -12,7 +12,7 @@ from rsae import __version__
 from rsae.artefacts import atomic
 from rsae.report.figures import gate_figures, histogram_figures, training_figures
 from rsae.report.runs import ARMS, Run, number, read_run
-from rsae.report.words import MISSING, compare, counts, duration, facts, headline, listed, other_l0, table
+from rsae.report.words import MISSING, compare, counts, duration, facts, harmed, headline, listed, other_l0, table
 
 _ROLES = {
     "teacher": "frozen",
@@ -130,6 +130,7 @@ def _page(run: Run) -> dict[str, Any]:
         "counts": counts(run),
         "counting_rule": str(rule).rstrip(".") + "." if rule else "",
         "other_l0": other_l0(run),
+        "harmed": harmed(run.metrics),
         "figures": [*gate, *training, *histograms],
         "missing": [sentence for absent, sentence in missing if absent],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,6 +142,20 @@ def compare(run: Run, other: str) -> Comparison | None:
         lines = [replace(line, outcome=line.outcome and "unmatched") for line in lines]
     sentence = _sentence(other, lines, matched)
     return Comparison(other=other, differences=tuple(lines), l0=l0, matched=matched, sentence=sentence)
+
+
+def harmed(metrics: Mapping[str, Any]) -> str:
+    """What metrics.json makes one say of a control that its training left worse than the frozen teacher; nothing, if it did not."""
+    found = metrics.get("control_minus_teacher") or {}
+    fvu, delta_ce = (_interval(found.get(metric)) for metric in ("fvu", "delta_ce"))
+    worse = [f"FVU {fixed(100 * fvu[0], 1, sign=True)}%"] if _outcome(fvu) == "loss" and fvu else []
+    worse += [f"ΔCE {fixed(delta_ce[0], 3, sign=True)} nats"] if _outcome(delta_ce) == "loss" and delta_ce else []
+    if not worse:
+        return ""
+    return (
+        f"The control is worse than the frozen teacher ({listed(worse)}): these steps at this learning rate did it harm, and there "
+        "RSAE minus control says little. Train longer, or at a lower rate."
+    )
 
 
 def headline(runs: Sequence[Run]) -> list[tuple[str, str]]:
