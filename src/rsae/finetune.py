@@ -199,9 +199,8 @@ class Trainee(nn.Module, ABC):
         self.h_unit = unit / form.fold  # of pre-activations, thresholds and latents
         self.subtracts, self.is_centred = bool(sae.cfg.apply_b_dec_to_input), form.centre is not None
         weights = {name: tensor.detach().float() for name, tensor in sae.state_dict().items()}
-        self.W_enc = nn.Parameter(
-            weights["W_enc"].T.contiguous() * self.fold
-        )  # (d_sae, d_in): a latent's weights lie together
+        # (d_sae, d_in): a latent's weights lie together
+        self.W_enc = nn.Parameter(weights["W_enc"].T.contiguous() * self.fold)
         self.b_enc = nn.Parameter(weights[self.encoder_bias] / self.h_unit)
         self.W_dec = nn.Parameter(weights["W_dec"] / self.fold)
         self.b_dec = nn.Parameter(weights["b_dec"] / unit)
