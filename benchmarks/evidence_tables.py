@@ -87,13 +87,14 @@ DIFFERS = _prose("""
     sample a little, and the rational with its scales. Latents that are silent are revived in all arms but a ReLU or gated
     control and those with frozen thresholds: thresholds come down to them, and a TopK has its auxiliary loss. Where a JumpReLU
     is taken apart below, the first step from its control is the price on crowds alone, which costs FVU; an arm with the
-    jump-corrected gradient and without that price has no cell here yet. On the first 57 K of these tokens (delta-CE on 6 K),
-    from Gemma's JumpReLU at layer 9, L0 32, seed 0, it is 1.56% below the control in FVU, and the RSAE 1.41%: the RSAE is 0.15%
-    [0.05%, 0.24%] worse than that arm, which has no rational, and a tie in delta-CE (-0.007 [-0.016, +0.002]), with fewer dense
-    latents (0.23% beside 0.33%). So what is won in FVU from a JumpReLU is the gradient's, not the rational's. Living latents
-    are won from ReLU and gated controls, which have no revival, and dense ones from controls without the price on crowds:
-    presumably by these, since no arm isolates them. In the one ReLU cell that is taken apart the arms with revival and without
-    the rational have a little fewer alive than the control, and with it as many.
+    jump-corrected gradient and without that price has no cell here yet. By a script (dev/LOG.md), not by this command: on the
+    first 57 K of these tokens (delta-CE on 6 K), from Gemma's JumpReLU at layer 9, L0 32, seed 0, it is 1.56% below the control
+    in FVU, and the RSAE 1.41%: the RSAE is 0.15% [0.05%, 0.24%] worse than that arm, which has no rational, and a tie in
+    delta-CE (-0.007 [-0.016, +0.002]), with fewer dense latents (0.23% beside 0.33%). So what is won in FVU from a JumpReLU is
+    the gradient's, not the rational's. Living latents are won from ReLU and gated controls, which have no revival, and dense
+    ones from controls without the price on crowds: presumably by these, since no arm isolates them. In the one ReLU cell that
+    is taken apart the arms with revival and without the rational have a little fewer alive than the control, and with it as
+    many.
 """)
 NOT_HERE = _prose("""
     **What is not here.** Teachers trained by BatchTopK, which SAELens runs as the JumpReLUs that they become. Parts apart,

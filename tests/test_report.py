@@ -476,7 +476,7 @@ def test_runs_with_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / place, "topk") for place in ("one", "other")]
     page = write_report([*runs, make_run(tmp_path, "relu")], tmp_path / "report.html").read_text()
     for run in runs:
-        assert f"<h2>TopK, {run}</h2>" in re.sub(r' id="[^"]*"', "", page)
+        assert f"<h2>TopK in {run}</h2>" in re.sub(r' id="[^"]*"', "", page)
     assert "<h2>ReLU</h2>" in re.sub(r' id="[^"]*"', "", page)
 
 

@@ -147,7 +147,8 @@ def upgrade(
         list[str],
         typer.Option(
             "--hook",
-            help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path); once for several teachers, or "
+            help="blocks.9.hook_resid_post, hook_mlp_out or hook_attn_out (TransformerLens), or model.layers.9 "
+            "(module path); once for several teachers, or "
             "for each in their order.",
         ),
     ],
@@ -255,7 +256,8 @@ def harvest(
         list[str],
         typer.Option(
             "--hook",
-            help="blocks.9.hook_resid_post (TransformerLens) or model.layers.9 (module path). Repeat it for more in one pass: "
+            help="blocks.9.hook_resid_post, hook_mlp_out or hook_attn_out (TransformerLens), or model.layers.9 "
+            "(module path). Repeat it for more in one pass: "
             "each then gets a folder of its name in --out.",
         ),
     ],

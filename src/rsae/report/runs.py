@@ -45,7 +45,7 @@ class Run:
         family = str(self.info.get("family") or name)
         title = FAMILIES.get(family, family)
         title = title if name.lower() == family.lower() else f"{title} ({name})"
-        return f"{title}, {self.place}" if self.place else title
+        return f"{title} in {self.place}" if self.place else title
 
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
