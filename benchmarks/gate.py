@@ -19,7 +19,7 @@ import torch
 from benchmarks.step import BATCH, D_SAE, without_kernels
 from benchmarks.timing import machine, median_ms
 
-from rsae.allocator import keep_pages
+from rsae.cpu import keep_pages
 from rsae.minimax import RationalFit, fit_gate
 from rsae.rational import rational
 

@@ -22,8 +22,8 @@ from statistics import median
 import torch
 from benchmarks.timing import machine
 
-from rsae.allocator import keep_pages
 from rsae.artefacts import sha256_file, write_json, write_safetensors
+from rsae.cpu import keep_pages
 from rsae.harvest import ActivationStore, harvest_all
 from rsae.hosts import load_host
 from rsae.text import documents, pack

@@ -15,7 +15,7 @@ import json
 from benchmarks.step import BATCH, D_IN, D_SAE, L0, Activations, floor, ours
 from benchmarks.timing import machine, median_ms
 
-from rsae.allocator import keep_pages
+from rsae.cpu import keep_pages
 from rsae.sparse import pre_activations
 
 SWEEPS = {

@@ -279,13 +279,18 @@ def test_edits_that_break_the_rules(hosts, tokens) -> None:
     assert hooks(host) == before  # none is left behind by an error
 
 
-def test_defaults(tmp_path) -> None:
+@pytest.mark.parametrize("units", [True, False])
+def test_defaults(units, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(hosts_module, "has_bfloat16", lambda: units)
+    dtype = torch.bfloat16 if units else torch.float32
     host = load_host(str(save_tiny(tmp_path)), device="cpu")
-    assert host.dtype == torch.bfloat16
+    assert host.dtype == dtype
+    assert dtype == getattr(torch, host.dtype_name)
+    assert load_host(str(tmp_path), device="cpu", dtype="bfloat16").dtype == torch.bfloat16
     assert not host.model.training
     assert not any(parameter.requires_grad for parameter in host.model.parameters())
     assert host.tokenizer("w3 w5").input_ids == [9, 11]
-    assert host.activations(torch.tensor([[0, 9, 11]]), "blocks.0.hook_resid_post").dtype == torch.bfloat16
+    assert host.activations(torch.tensor([[0, 9, 11]]), "blocks.0.hook_resid_post").dtype == dtype
 
 
 def test_fingerprint_follows_the_weights(tmp_path) -> None:

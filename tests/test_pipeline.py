@@ -11,7 +11,7 @@ from launch import torchrun
 from sae_lens import SAE
 from tiny_host import save_text, save_tiny
 
-from rsae import pipeline
+from rsae import hosts, pipeline
 from rsae import text as text_module
 from rsae.artefacts import read_json
 from rsae.finetune import FinetuneConfig
@@ -214,6 +214,25 @@ def test_a_killed_upgrade_goes_on_where_arithmetic_rounds_otherwise(demo_run, ho
     results = upgrade(teacher, host, HOOK, text, tmp_path / "run", config=CONFIG)
     assert results["rsae"]["fvu"] > 0
     assert (tmp_path / "run" / "init" / "sae_weights.safetensors").read_bytes() == init
+
+
+def test_a_run_keeps_the_dtype_that_its_host_began_in(demo_run, host, text, tmp_path, monkeypatch):
+    """A processor without units for bfloat16 begins in float32, and one that has them goes on so."""
+    teacher, run = demo_run[0] / "jumprelu" / "teacher", tmp_path / "run"
+
+    def stop(stage, done, total):
+        if "control" in stage and done == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hosts, "has_bfloat16", lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        upgrade(teacher, host, HOOK, text, run, config=CONFIG, trust=True, progress=stop)
+    monkeypatch.setattr(hosts, "has_bfloat16", lambda: True)
+    metrics = upgrade(teacher, host, HOOK, text, run, config=CONFIG)
+    assert read_json(run / "run.json")["host_dtype"] == "float32"
+    assert read_json(run / "acts" / "validation" / "meta.json")["config"]["dtype"] == "float32"
+    again, _ = evaluate_folder(run, host, HOOK, text, None, tokens=400, ce_tokens=200, progress=None)
+    assert again["rsae"] == metrics["rsae"]
 
 
 def test_checkpoints_say_where_they_belong(demo_run, host, text, tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rsae import kernels, sparse
 from rsae.sparse import Entries, at_latents, decode, encode, pre_activations
 
 # (batch, d_in, d_sae): multiples of nothing, single rows and single latents among them
@@ -106,6 +107,23 @@ def test_pre_activations_are_the_dense_ones_in_bfloat16() -> None:
     # both factors and the result are rounded by at most 2^-8 of themselves
     bound = 2.0**-6 * (t["x"].double().abs() @ t["W_enc"].double().abs().T + t["b_enc"].double().abs())
     assert bool(((h.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("batch", [1, 256, 600])
+def test_without_units_for_bfloat16_pre_activations_are_float32_products_rounded_once(batch: int, monkeypatch) -> None:
+    monkeypatch.setattr(sparse, "has_bfloat16", lambda: False)
+    t = tensors(batch, 13, 101)
+    h = pre_activations(t["x"], t["W_enc"].requires_grad_(), t["b_enc"])
+    exact = torch.addmm(t["b_enc"].double(), t["x"].double(), t["W_enc"].double().T).detach()
+    assert h.dtype == torch.bfloat16
+    assert not h.requires_grad
+    assert bool(((h.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all())
+    # and so are the inner products of the plain path
+    entries = Entries.of(masks(batch, 101)["random"])
+    monkeypatch.setattr(kernels, "usable", lambda *tensors, dtype=None: None)
+    dots = entries.dots(t["x"], t["W_enc"].detach())
+    exact = (exact - t["b_enc"])[entries.rows, entries.latents]
+    assert bool(((dots - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all())
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, provenance, read_json, write_json
+from rsae.cpu import keep_pages
 from rsae.harvest import SinkRule
 from rsae.metrics import ArmSums, LossMetrics, NotFinite, ReconstructionMetrics, paired_difference, verdict
 from rsae.text import Contexts

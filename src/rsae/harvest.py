@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
+from rsae.cpu import keep_pages
 from rsae.hosts import Host
 from rsae.ranks import Ranks
 from rsae.text import PACKING_RULE, Context, Split, documents, pack, text_fingerprint, too_short
@@ -272,7 +272,7 @@ def harvest_all(
     config = {
         "host": host.spec,
         "host_fingerprint": host.fingerprint,
-        "dtype": str(host.dtype).removeprefix("torch."),
+        "dtype": host.dtype_name,
         "hook": "",
         "text": text,
         "text_fingerprint": text_fingerprint(text),

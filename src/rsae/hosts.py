@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rsae.artefacts import read_json, sha256_file, write_json
+from rsae.cpu import has_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +93,11 @@ class Host:
         self._lm_head: Any = model.get_output_embeddings()  # a Linear, perhaps tied to the embeddings
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
+
+    @property
+    def dtype_name(self) -> str:
+        """Its dtype as it is written down: "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
 
     def hook_point(self, hook: str) -> HookPoint:
         """Resolve a hook's name.
@@ -285,14 +291,14 @@ class Host:
             handle.remove()
 
 
-def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Host:
+def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str | None = None) -> Host:
     """Load a host: a hub id, a local transformers directory, or a packaged model (`package:gemma3-270m`).
 
     Args:
         spec: `package:gemma3-270m` and `package:smollm2-135m` need no network: the pip package's GGUF file is converted
             once into a transformers directory under $RSAE_CACHE (default ~/.cache/rsae) and verified at every load. With
             `centred:` before it (`centred:gpt2`) the host's activations are centred, for SAEs that were trained on such.
-        dtype: of the weights; bfloat16 if None.
+        dtype: of the weights, or its name; if None bfloat16, or float32 on a CPU without units for it (`rsae.cpu.has_bfloat16`).
         device: "cuda" where there is one, else "cpu", if None.
 
     Raises:
@@ -300,12 +306,14 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" and not has_bfloat16() else torch.bfloat16)
     path, fingerprint = spec.removeprefix(CENTRED), None
     if path.startswith("package:"):
         path, fingerprint = _packaged(path)
     try:
         with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.bfloat16)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {spec!r} cannot be read ({error}): cut short, or pointers of git-lfs (git lfs pull)? Copy them again"
@@ -323,7 +331,7 @@ def load_host(spec: str, *, dtype: torch.dtype | None = None, device: str | None
             "tokenizer.save_pretrained"
         ) from error
     is_centred = spec.startswith(CENTRED)
-    model: Any = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model: Any = model.to(device)
     fingerprint = fingerprint or _fingerprint(model, path)
     return Host(
         model, tokenizer, spec=spec, fingerprint=f"{CENTRED if is_centred else ''}{fingerprint}", is_centred=is_centred

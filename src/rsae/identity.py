@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from rsae.allocator import keep_pages
 from rsae.artefacts import Progress
+from rsae.cpu import keep_pages
 from rsae.evaluate import LanguageModel, counted, measured_batches
 from rsae.harvest import SinkRule
 from rsae.metrics import RESOLUTION

@@ -182,7 +182,7 @@ def upgrade(
     config, out = config or UpgradeConfig(), Path(out)
     job = _Upgrade(_upgradable(teacher, config, mesh, out), host, hook, text, out, config, mesh, command)
     if not job.ledger.done:
-        model = _load_host(host, progress, mesh)
+        model = _load_host(host, job.ledger, progress, mesh)
         job.inspect(model, trust, progress)
         data = job.train(model, out / "acts", progress)
         if not mesh.ranks.is_main:
@@ -229,7 +229,7 @@ def upgrade_all(
     identity = {"teachers": prints, "hooks": hooks, "host": host, **_read(text), "config": asdict(config)}
     ledger = Ledger.open(out, identity, command, mesh=mesh)
     if not ledger.done:
-        model = _load_host(host, progress, mesh)
+        model = _load_host(host, ledger, progress, mesh)
         acts = {hook: out / "acts" / model.hook_point(hook).name for hook in hooks}
         jobs = {
             name: _Upgrade(loaded[name], host, hook, text, out / name, config, mesh, command)
@@ -384,7 +384,7 @@ def demo(
     ledger = Ledger.open(out, identity, command)
     if ledger.done:
         return {family: _measured(out / family) for family in families}
-    model = _load_host(host, progress)
+    model = _load_host(host, ledger, progress)
     model.hook_point(hook)
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
@@ -419,12 +419,13 @@ def _read(text: str) -> dict[str, str]:
     return {"text": text, "text_content": text_fingerprint(text)}
 
 
-def _load_host(spec: str, progress: Progress | None, mesh: Mesh = ALONE) -> Host:
-    """`load_host`, which may take a minute, with a sign that it is at work."""
+def _load_host(spec: str, ledger: Ledger, progress: Progress | None, mesh: Mesh = ALONE) -> Host:
+    """`load_host`, which may take a minute, with a sign that it is at work. A run goes on in the dtype that it began with."""
     if progress is not None:
         progress("load the model", 0, 1)
     with mesh.ranks.main_first():  # which makes what a packaged host is read from
-        host = load_host(spec)
+        host = load_host(spec, dtype=ledger.about.get("host_dtype"))
+    ledger.about["host_dtype"] = host.dtype_name
     if progress is not None:
         progress("load the model", 1, 1)
     return host
@@ -530,7 +531,7 @@ def evaluate_folder(
         raise ValueError(f"{run} holds the teacher alone: --identity compares other arms with it")
     eps = counting_thresholds_of(run, arms)
     store = ActivationStore.open(_acts_of(run, host, hook) if acts is None else acts)
-    model = load_host(host)
+    model = load_host(host, dtype=store.meta["config"]["dtype"])
     if not store.is_of(host, model.fingerprint, model.hook_point(hook).name):
         raise ValueError(
             f"{store.path} holds activations of {store.host} at {store.hook}; what is measured is {host} at {hook}"
@@ -716,6 +717,7 @@ def _record(
     ledger.write(
         family=family,
         host=data.host.spec,
+        host_dtype=data.host.dtype_name,
         hook=data.hook,
         text=ledger.identity["text"],
         target_l0=trained["target_l0"],

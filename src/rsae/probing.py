@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 
-from rsae.allocator import keep_pages
 from rsae.artefacts import Progress, config_hash, provenance, read_json, write_json, write_safetensors
+from rsae.cpu import keep_pages
 from rsae.evaluate import Autoencoder, LanguageModel, counted, counting_thresholds_of
 from rsae.hosts import load_host
 from rsae.teachers import load_teacher
@@ -219,14 +219,15 @@ def probe(
             sets, too few seeds; an arm of another width than the host, or with fewer latents than the largest k.
     """
     run = Path(run)
-    identity = read_json(run / "run.json").get("identity", {})
+    recorded = read_json(run / "run.json")
+    identity = recorded.get("identity", {})
     arms = {arm: load_teacher(run / arm) for arm in ARMS if (run / arm / "cfg.json").exists()}
     if not arms or not {"host", "hook"} <= set(identity):
         raise ValueError(f"{run} holds none of {', '.join(ARMS)} of a run; of a demo, name a family's: runs/demo/topk")
     if seeds < SEEDS:
         raise ValueError(f"seeds must be at least {SEEDS}, for a spread, got {seeds}")
     names = _known(names)
-    host, hook = load_host(identity["host"]), identity["hook"]
+    host, hook = load_host(identity["host"], dtype=recorded.get("host_dtype")), identity["hook"]
     host.hook_point(hook)
     for arm, teacher in arms.items():
         if teacher.sae.cfg.d_in != host.d_model or teacher.sae.cfg.d_sae < max(KS):

@@ -3,8 +3,9 @@
 A latent that is exactly 0 costs nothing in the decoder, in the loss or in any gradient. So after the one dense product that
 gives the pre-activations, everything works on a list of entries: the active latents and those near enough to their edge to learn.
 
-Products over all latents run in bfloat16 with float32 accumulation; sums over entries in float32. What torch has no fused operation
-for is done by the kernels of the device (kernels.py), without them by what torch has. Knows torch and the kernels.
+Products over all latents run in bfloat16 with float32 accumulation, on a CPU that has no units for it in float32; sums over entries
+in float32. What torch has no fused operation for is done by the kernels of the device (kernels.py), without them by what torch has.
+Knows torch, the processor and the kernels.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsae import kernels
+from rsae.cpu import has_bfloat16
 from rsae.rational import SMALLEST, sample_scale
 
 NARROW = torch.bfloat16
-"""Dtype of products over all latents; the kernels choose entries from this one alone."""
+"""Dtype of pre-activations; the kernels choose entries from this one alone."""
+_ROWS = 256
+"""Rows of a product in float32 that is rounded to NARROW: they stay in the cache meanwhile."""
 
 
 class Entries:
@@ -143,7 +147,7 @@ class Entries:
         if (lib := kernels.usable(a, b)) is not None:
             return lib.dots(self.rows, self.row_offsets, self.latents, a, b)
         # One dense product and a gather: on processors with bfloat16 units it costs less than gathering both sides
-        return F.linear(a.to(NARROW), b.to(NARROW)).view(-1)[self.flat].float()
+        return _product(a, b).view(-1)[self.flat].float()
 
     def sum_and_dots(
         self, weights: Float[Tensor, " n"], a: Float[Tensor, "batch d"], b: Float[Tensor, "d_sae d"]
@@ -190,10 +194,20 @@ def pre_activations(
 ) -> Float[Tensor, "batch d_sae"]:
     """h = x W_enc^T + b_enc in bfloat16, without a gradient: what the gate chooses its entries from."""
     with torch.no_grad():
-        if x.is_cuda:
-            return F.linear(x.to(NARROW), W_enc.to(NARROW), b_enc.to(NARROW))
+        if x.is_cuda or not has_bfloat16():
+            return _product(x, W_enc, b_enc)
         # On a CPU torch writes the bias out, and adds the product to it. As one more column of the weights it costs nothing
         return F.linear(_with_column(x, 1.0), _with_column(W_enc, b_enc))
+
+
+def _product(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], bias: Float[Tensor, " m"] | None = None) -> Tensor:
+    """a b^T + bias, in NARROW."""
+    if a.is_cuda or has_bfloat16():
+        return F.linear(a.to(NARROW), b.to(NARROW), None if bias is None else bias.to(NARROW))
+    h = a.new_empty(len(a), len(b), dtype=NARROW)
+    for rows, out in zip(a.split(_ROWS), h.split(_ROWS), strict=True):
+        out.copy_(F.linear(rows, b, bias))
+    return h
 
 
 def _with_column(matrix: Float[Tensor, "n d"], column: Tensor | float) -> Float[Tensor, "n d_plus_2"]:
