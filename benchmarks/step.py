@@ -2,10 +2,10 @@
 
     python -m benchmarks.step [--json]
 
-The floor is what no implementation can leave out: one dense encoder product in bfloat16 (in float32 on a CPU that has no units for
-it), one pass of Adam over the weights, and one pass over the pre-activations. "plain" is our step by what torch alone has; "naive" the same loss by autograd, with every latent
-of every token. SAELens' step is its own TopKTrainingSAE forward, loss and backward, with the same Adam. Ours is all that the loop
-does in a step. They take turns, and ratios are medians over rounds.
+The floor is what no implementation can leave out: one dense encoder product in bfloat16 (in float32 on a CPU that has no
+units for it), one pass of Adam over the weights, and one pass over the pre-activations. "plain" is our step by what torch alone
+has; "naive" the same loss by autograd, with every latent of every token. SAELens' step is its own TopKTrainingSAE forward, loss
+and backward, with the same Adam. Ours is all that the loop does in a step. They take turns, and ratios are medians over rounds.
 """
 
 from __future__ import annotations
