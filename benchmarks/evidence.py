@@ -310,7 +310,7 @@ def started() -> dict[str, Any]:
 def gather(cell: Cell, progress: Progress | None, hooks: Iterable[str] = ()) -> Data:
     """The host of a cell, and the activations that all cells of its hook share; those of other hooks are read in the same pass."""
     folders = {hook: RUNS / "acts" / short(cell.host) / hook for hook in dict.fromkeys([cell.hook, *hooks])}
-    host = load_host(cell.host)
+    host = load_host(cell.host, dtype=torch.bfloat16)  # whatever the processor likes best: all cells alike
     host.activations = remembered(host, folders)
     host.token_losses = with_ablations_remembered(host.token_losses)
     with locked(RUNS / "acts" / short(cell.host)):
