@@ -31,10 +31,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from benchmarks.evidence_tables import MAIN, METRICS, STEPS, setting_of, short, write_tables
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
@@ -58,7 +62,8 @@ from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
 from rsae.pretrain import pretrain
 from rsae.probing import QUICK, probe
 from rsae.rational import Support, Surrogate
-from rsae.sae import RationalSAE
+from rsae.sae import RationalSAE, save_sae
+from rsae.teachers import load_teacher
 from rsae.teachers.checkpoint import Family
 from rsae.text import Contexts, shared_documents
 
@@ -73,7 +78,7 @@ TEXT = "package:sae-probes"
 LAYERS = {"package:smollm2-135m": (5, 15, 25), "package:gemma3-270m": (3, 9, 14)}
 """An early, the middle and a late layer of each host."""
 FAMILIES: tuple[Family, ...] = ("relu", "jumprelu", "topk")
-"""Of all layers, sparsities and seeds; a gated teacher has one cell a host."""
+"""Of all layers, sparsities and seeds; a gated and a BatchTopK teacher have one cell a host."""
 BATCH = 2048
 TEACHER = FinetuneConfig(
     steps=3000, batch_size=BATCH, lr=1e-3, gate_lr=3e-4, warmup=0.1, decay=0.3, penalty=2.5,
@@ -81,7 +86,7 @@ TEACHER = FinetuneConfig(
 )  # fmt: skip
 """Written out, so that teachers stay what they are when the defaults of an upgrade change."""
 FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
-RATES: dict[tuple[str, Family], float] = {("package:smollm2-135m", "jumprelu"): 2e-3}
+RATES: dict[tuple[str, str], float] = {("package:smollm2-135m", "jumprelu"): 2e-3}
 """Learning rate of all fine-tuned arms, where the control is better with it than with FINETUNE's (results/SEARCH.md)."""
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
 """220,000 tokens of text leave more than 200,000 that are measured. How it would fine-tune is not used: FINETUNE is."""
@@ -112,13 +117,19 @@ ARMS: dict[str, Arm] = {
     "threshold_follow": Arm("init", {"frozen": NO_RATIONAL}),
     "paper": Arm("dense", {"objective": "l1", "penalty": PAPER_PENALTY}),
 }
-OWN: dict[Family, type[Trainee]] = {
+OWN: dict[str, type[Trainee]] = {
     "relu": ReLUTrainee,
     "gated": GatedTrainee,
     "jumprelu": ThresholdTrainee,
     "topk": TopKTrainee,
+    "batchtopk": ThresholdTrainee,  # a JumpReLU when it is trained
 }
-"""What trains a teacher of each family and its control."""
+"""What trains the control of each family, and the teacher, but for a BatchTopK's."""
+BATCHTOPK: dict[str, Any] = {
+    "by": "sae_lens.SAETrainer", "normalize_activations": "expected_average_only_in", "lr": 1e-3,
+    "steps": 3000, "batch_size": BATCH, "warm_up_steps": 300, "decay_steps": 900, "norm_batches": 100, "dead_feature_window": 100,
+}  # fmt: skip
+"""How SAELens trains a BatchTopK teacher, on the same batches as the others have: its own loop, scale and initial weights."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Cell:
 
     host: str
     layer: int
-    family: Family
+    family: Family | Literal["batchtopk"]
     l0: int
     seed: int
     expansion: int = 8
@@ -158,7 +169,7 @@ def grid() -> list[Cell]:
     cells += [Cell(host, layer, family, 32, seed) for host, layer in middle for seed in (1, 2) for family in FAMILIES]
     cells += [Cell(host, layer, family, l0, 0) for host, layer in middle for l0 in (16, 64) for family in FAMILIES]
     cells += [Cell(host, layer, family, 32, 0) for host, layer in outer for family in FAMILIES]
-    cells += [Cell(host, layer, "gated", 32, 0) for host, layer in middle]
+    cells += [Cell(host, layer, family, 32, 0) for family in ("gated", "batchtopk") for host, layer in middle]
     return [*cells, Cell("package:gemma3-270m", 9, "topk", 32, 0, expansion=25)]  # 16,000 latents
 
 
@@ -182,14 +193,59 @@ def start(kind: str, teacher: SAE[Any], data: Data, seed: int, degree: tuple[int
     return sae
 
 
+def trained(cell: Cell, data: Data, out: Path, progress: Progress | None) -> SAE[Any]:
+    """The teacher of a cell, from scratch or as it was left."""
+    metadata = {"model_name": cell.host, "hook_name": cell.hook}
+    if cell.family == "batchtopk":
+        how, record = BATCHTOPK | {"seed": cell.seed}, out / "trained.json"
+        if not record.exists():
+            sae = by_saelens(cell, data, progress)
+            for name, value in metadata.items():
+                sae.cfg.metadata[name] = value
+            save_sae(sae, out)
+            write_json(record, how)
+        elif read_json(record) != how:
+            raise ValueError(f"{out} was trained otherwise: expected {how} in {record}. Move the cell's folder away")
+        return load_teacher(out).sae
+    how = replace(TEACHER, target_l0=float(cell.l0), seed=cell.seed)
+    return pretrain(
+        cell.family, data.train, how, d_sae=cell.expansion * data.train.d_in, held_out=data.validation, metadata=metadata,
+        out=out, progress=progress,
+    )  # fmt: skip
+
+
+def by_saelens(cell: Cell, data: Data, progress: Progress | None) -> SAE[Any]:
+    """A BatchTopK SAE that SAELens' own loop has trained, as the JumpReLU that SAELens saves it as. A killed one begins anew."""
+    how = BATCHTOPK
+    torch.manual_seed(cell.seed)
+    config = BatchTopKTrainingSAEConfig(
+        d_in=data.train.d_in, d_sae=cell.expansion * data.train.d_in, k=float(cell.l0),
+        normalize_activations=how["normalize_activations"],
+    )  # fmt: skip
+    loop = SAETrainerConfig(
+        total_training_samples=how["steps"] * how["batch_size"], train_batch_size_samples=how["batch_size"],
+        lr=how["lr"], lr_end=how["lr"] / 10, lr_warm_up_steps=how["warm_up_steps"], lr_decay_steps=how["decay_steps"],
+        dead_feature_window=how["dead_feature_window"], n_batches_for_norm_estimate=how["norm_batches"],
+    )  # fmt: skip
+    batches = data.train.batches(how["batch_size"], seed=cell.seed)
+    batches = shown(batches, f"{cell.name} teacher", how["norm_batches"] + how["steps"], progress)
+    with TemporaryDirectory() as folder:
+        SAETrainer(loop, BatchTopKTrainingSAE(config), batches).fit().save_inference_model(folder)
+        return load_teacher(folder).sae
+
+
+def shown(batches: Iterable[Tensor], name: str, n_batches: int, progress: Progress | None) -> Iterator[Tensor]:
+    """The batches, and how many of them were taken."""
+    for done, batch in enumerate(batches):
+        if progress is not None:
+            progress(name, done, n_batches)
+        yield batch
+
+
 def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progress | None) -> dict[str, Any]:
     """Train and measure a cell; its entry in evidence.json."""
     _peak_memory_gb(reset=True)
-    teacher = pretrain(
-        cell.family, data.train, replace(TEACHER, target_l0=float(cell.l0), seed=cell.seed), d_sae=cell.expansion * data.train.d_in,
-        held_out=data.validation, metadata={"model_name": cell.host, "hook_name": cell.hook}, out=out / "teacher",
-        progress=progress,
-    )  # fmt: skip
+    teacher = trained(cell, data, out / "teacher", progress)
     write_json(out / "run.json", {"identity": {"host": cell.host, "hook": cell.hook}})  # for `rsae probe`
     l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
     saes: dict[str, Any] = {"teacher": teacher}
@@ -243,7 +299,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         if len(arms) > len(MAIN)
         else {},
         "cost": {
-            "seconds": {name: _seconds(out / name) for name in saes if (out / name).exists()},
+            "seconds": {name: _seconds(out / name) for name in saes if (out / name / "log.jsonl").exists()},
             "scalars_added": sum(p.numel() for p in saes["rsae"].gate.parameters()) - _gate_scalars(teacher),
             "peak_memory_gb": _peak_memory_gb(),
         },
@@ -276,12 +332,13 @@ def settings(cell: Cell) -> dict[str, Any]:
     data = asdict(DATA)
     del data["finetune"]
     return {
-        "text": TEXT, "teacher": asdict(TEACHER), "finetune": asdict(fine_tuning(cell)), "data": data,
+        "text": TEXT, "teacher": BATCHTOPK if cell.family == "batchtopk" else asdict(TEACHER),
+        "finetune": asdict(fine_tuning(cell)), "data": data,
         "arms": {name: setting_of_arm(name, cell.family) for name in MAIN},
     }  # fmt: skip
 
 
-def setting_of_arm(name: str, family: Family) -> dict[str, Any]:
+def setting_of_arm(name: str, family: str) -> dict[str, Any]:
     """What the numbers of an arm depend on besides the settings of all, as JSON has it. `loop`: of what trains it."""
     arm = ARMS[name]
     kind = OWN[family] if arm.start == "teacher" else DenseTrainee if arm.start == "dense" else ThresholdTrainee

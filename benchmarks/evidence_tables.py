@@ -305,7 +305,8 @@ def _page(evidence: dict[str, Any]) -> str:
         "`evidence.json`; this page is made by the same command.\n",
         f"Text: `{evidence['text']}`, {millions} M tokens to train on, read several times; evaluation documents are from other "
         f"sources, and {evidence['shared_documents']} of them share a long line or sentence with a training document. Teachers: "
-        f"{teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g}. Every fine-tuned arm: {finetune['steps']} "
+        f"{teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g} (a BatchTopK's by SAELens' own loop). "
+        f"Every fine-tuned arm: {finetune['steps']} "
         f"steps more on the same batches, lr {rates}, mean L0 matched to the teacher's on validation text, exact zeros "
         "counted (the arms that say otherwise apart). Differences: relative for FVU, nats per token for delta-CE, with the 95% "
         "interval of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 percentage "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_lens import SAE
 from tiny_host import save_text, save_tiny
 
 from rsae.artefacts import read_json
@@ -41,6 +42,8 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "TEXT", text)
     monkeypatch.setattr(bench, "BATCH", 64)
     monkeypatch.setattr(bench, "TEACHER", replace(bench.TEACHER, steps=20, **small))
+    by_saelens = {"steps": 400, "batch_size": 64, "warm_up_steps": 2, "decay_steps": 5, "norm_batches": 3}
+    monkeypatch.setattr(bench, "BATCHTOPK", bench.BATCHTOPK | by_saelens)
     monkeypatch.setattr(bench, "FINETUNE", replace(bench.FINETUNE, steps=5, **small))
     sizes = {
         "train_tokens": 1500,
@@ -72,12 +75,11 @@ def test_what_the_claims_stand_on():
     assert (bench.ARMS["control"], bench.ARMS["rsae"]) == (bench.Arm("teacher", {}), bench.Arm("init", {}))
     assert bench.L0_TOLERANCE == 0.01
     cells = bench.grid()
-    assert len(cells) == len({cell.name for cell in cells}) == 45
+    assert len(cells) == len({cell.name for cell in cells}) == 47
     assert sum(cell.has_all_arms for cell in cells) == 6
-    assert sorted((cell.host[8:13], cell.layer) for cell in cells if cell.family == "gated") == [
-        ("gemma", 9),
-        ("smoll", 15),
-    ]
+    for family in ("gated", "batchtopk"):
+        found = sorted((cell.host[8:13], cell.layer) for cell in cells if cell.family == family)
+        assert found == [("gemma", 9), ("smoll", 15)]
     assert [(cell.family, cell.layer, cell.expansion * 640) for cell in cells if cell.expansion != 8] == [
         ("topk", 9, 16_000)
     ]
@@ -112,6 +114,27 @@ def test_the_grid_is_the_one_that_was_promised():
                 (c.l0, c.seed) for c in cells if (c.host, c.layer, c.family, c.expansion) == (host, layer, family, 8)
             ]
             assert sorted(ours) == [(16, 0), (32, 0), (32, 1), (32, 2), (64, 0)]
+
+
+def test_a_teacher_of_another_loop(bench, monkeypatch, tmp_path):
+    """SAELens' own BatchTopK: its loop, its scale, its threshold; trained once, and never taken for one of other settings."""
+    (cell,) = (c for c in bench.grid() if c.family == "topk")
+    cell = replace(cell, family="batchtopk", l0=8)
+    monkeypatch.setattr(bench, "grid", lambda: [cell])
+    call(bench, monkeypatch, "--arms")
+    (found,) = read_json(tmp_path / "results" / "evidence.json")["cells"]
+    assert found["family"] == "batchtopk"
+    assert not found["failed"]
+    folder = tmp_path / "runs" / cell.name / "teacher"
+    teacher = SAE.load_from_disk(folder)
+    assert teacher.cfg.architecture() == "jumprelu"
+    assert bool((teacher.threshold == teacher.threshold[0]).all())
+    assert teacher.threshold[0] > 0
+    assert teacher.cfg.metadata.model_name == cell.host
+    assert 4 < found["arms"]["teacher"]["l0"] < 16  # k on average, by a threshold that follows
+    monkeypatch.setattr(bench, "BATCHTOPK", bench.BATCHTOPK | {"lr": 1e-4})
+    with pytest.raises(ValueError, match=r"was trained otherwise.*0\.0001"):
+        call(bench, monkeypatch, "--arms")
 
 
 def test_a_cell_from_end_to_end(bench, monkeypatch, tmp_path):
