@@ -2,8 +2,8 @@
 
     python -m benchmarks.step [--json]
 
-The floor is what no implementation can leave out: one dense encoder product in bfloat16 (in float32 on a CPU that has no
-units for it), one pass of Adam over the weights, and one pass over the pre-activations. "plain" is our step by what torch alone
+The floor is what no implementation can leave out: one dense encoder product in bfloat16 (in float32 on a CPU that is
+faster so), one pass of Adam over the weights, and one pass over the pre-activations. "plain" is our step by what torch alone
 has; "naive" the same loss by autograd, with every latent of every token. SAELens' step is its own TopKTrainingSAE forward, loss
 and backward, with the same Adam. Ours is all that the loop does in a step. They take turns, and ratios are medians over rounds.
 """
@@ -23,7 +23,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from rsae import kernels
 from rsae.calibrate import calibrate
-from rsae.cpu import has_bfloat16, keep_pages
+from rsae.cpu import keep_pages, prefers_bfloat16
 from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, take_step, trainee_for
 from rsae.mesh import ALONE
 from rsae.rational import Surrogate
@@ -99,7 +99,7 @@ def naive(data: Activations, x: torch.Tensor) -> Callable[[], object]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or has_bfloat16()):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or prefers_bfloat16()):
             h = sae.pre_acts(x).float()
             norms = sae.W_dec.detach().norm(dim=1, keepdim=True)
             z = sae.gate(h, surrogate=Surrogate(), curvature=norms.squeeze(1) ** 2 / len(x))
@@ -134,7 +134,7 @@ def floor(x: torch.Tensor, d_sae: int = D_SAE) -> Callable[[], object]:
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True)
-    dtype = torch.bfloat16 if x.is_cuda or has_bfloat16() else torch.float32
+    dtype = torch.bfloat16 if x.is_cuda or prefers_bfloat16() else torch.float32
     inputs, encoder = x.to(dtype), weights[0].detach().to(dtype)
 
     def step() -> None:

@@ -467,9 +467,9 @@ def test_a_counting_threshold_counts_what_it_is_asked_to(family, teachers, data,
     assert (dense.encode(held_out.x).abs() > eps).sum() == 3.5 * len(held_out.x)
 
 
-@pytest.mark.parametrize(("family", "units"), [("relu", True), ("jumprelu", True), ("topk", True), ("topk", False)])
-def test_the_papers_recipe_trains_a_dense_gate(family, units, teachers, data, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr("rsae.finetune.has_bfloat16", lambda: units)
+@pytest.mark.parametrize(("family", "narrow"), [("relu", True), ("jumprelu", True), ("topk", True), ("topk", False)])
+def test_the_papers_recipe_trains_a_dense_gate(family, narrow, teachers, data, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr("rsae.finetune.prefers_bfloat16", lambda: narrow)
     dense = calibrate(RationalSAE.from_teacher(teachers[family], support="dense"), [data.x])
     config = replace(SMALL, objective="l1", penalty=0.05)
     trained = finetune(dense, data, config, held_out=held_out, out=tmp_path)

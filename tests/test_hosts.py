@@ -279,10 +279,10 @@ def test_edits_that_break_the_rules(hosts, tokens) -> None:
     assert hooks(host) == before  # none is left behind by an error
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_defaults(units, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(hosts_module, "has_bfloat16", lambda: units)
-    dtype = torch.bfloat16 if units else torch.float32
+@pytest.mark.parametrize("narrow", [True, False])
+def test_defaults(narrow, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(hosts_module, "prefers_bfloat16", lambda: narrow)
+    dtype = torch.bfloat16 if narrow else torch.float32
     host = load_host(str(save_tiny(tmp_path)), device="cpu")
     assert host.dtype == dtype
     assert dtype == getattr(torch, host.dtype_name)

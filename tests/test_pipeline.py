@@ -224,10 +224,10 @@ def test_a_run_keeps_the_dtype_that_its_host_began_in(demo_run, host, text, tmp_
         if "control" in stage and done == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hosts, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(hosts, "prefers_bfloat16", lambda: False)
     with pytest.raises(KeyboardInterrupt):
         upgrade(teacher, host, HOOK, text, run, config=CONFIG, trust=True, progress=stop)
-    monkeypatch.setattr(hosts, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(hosts, "prefers_bfloat16", lambda: True)
     metrics = upgrade(teacher, host, HOOK, text, run, config=CONFIG)
     assert read_json(run / "run.json")["host_dtype"] == "float32"
     assert read_json(run / "acts" / "validation" / "meta.json")["config"]["dtype"] == "float32"

@@ -110,8 +110,8 @@ def test_pre_activations_are_the_dense_ones_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 256, 600])
-def test_without_units_for_bfloat16_pre_activations_are_float32_products_rounded_once(batch: int, monkeypatch) -> None:
-    monkeypatch.setattr(sparse, "has_bfloat16", lambda: False)
+def test_where_bfloat16_is_slow_pre_activations_are_float32_products_rounded_once(batch: int, monkeypatch) -> None:
+    monkeypatch.setattr(sparse, "prefers_bfloat16", lambda: False)
     t = tensors(batch, 13, 101)
     h = pre_activations(t["x"], t["W_enc"].requires_grad_(), t["b_enc"])
     exact = torch.addmm(t["b_enc"].double(), t["x"].double(), t["W_enc"].double().T).detach()

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from rsae import sparse
 from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, read_json, write_json
 from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
-from rsae.cpu import has_bfloat16, keep_pages
+from rsae.cpu import keep_pages, prefers_bfloat16
 from rsae.mesh import ALONE, JOINING, Mesh, is_per_latent, save_joined, shard_of, with_weights
 from rsae.metrics import NotFinite
 from rsae.rational import RationalGate, Surrogate, hard_edge, sample_scale
@@ -588,7 +588,7 @@ class DenseTrainee(Trainee):
         return self.amplitude.parts()
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or has_bfloat16()):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or prefers_bfloat16()):
             h = F.linear(x - self.centre, self.W_enc, self.b_enc)
             z = self.amplitude(h)
             x_hat = z @ self.W_dec

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rsae.artefacts import read_json, sha256_file, write_json
-from rsae.cpu import has_bfloat16
+from rsae.cpu import prefers_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -298,7 +298,7 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
         spec: `package:gemma3-270m` and `package:smollm2-135m` need no network: the pip package's GGUF file is converted
             once into a transformers directory under $RSAE_CACHE (default ~/.cache/rsae) and verified at every load. With
             `centred:` before it (`centred:gpt2`) the host's activations are centred, for SAEs that were trained on such.
-        dtype: of the weights, or its name; if None bfloat16, or float32 on a CPU without units for it (`rsae.cpu.has_bfloat16`).
+        dtype: of the weights, or its name; if None bfloat16, or float32 on a CPU that is faster so (`rsae.cpu.prefers_bfloat16`).
         device: "cuda" where there is one, else "cpu", if None.
 
     Raises:
@@ -307,7 +307,7 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if device == "cpu" and not has_bfloat16() else torch.bfloat16)
+    dtype = dtype or (torch.float32 if device == "cpu" and not prefers_bfloat16() else torch.bfloat16)
     path, fingerprint = spec.removeprefix(CENTRED), None
     if path.startswith("package:"):
         path, fingerprint = _packaged(path)

@@ -3,8 +3,8 @@
 A latent that is exactly 0 costs nothing in the decoder, in the loss or in any gradient. So after the one dense product that
 gives the pre-activations, everything works on a list of entries: the active latents and those near enough to their edge to learn.
 
-Products over all latents run in bfloat16 with float32 accumulation, on a CPU that has no units for it in float32; sums over entries
-in float32. What torch has no fused operation for is done by the kernels of the device (kernels.py), without them by what torch has.
+Products over all latents run in bfloat16 with float32 accumulation, or in float32 on a CPU that is faster so; sums over entries in
+float32. What torch has no fused operation for is done by the kernels of the device (kernels.py), without them by what torch has.
 Knows torch, the processor and the kernels.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsae import kernels
-from rsae.cpu import has_bfloat16
+from rsae.cpu import prefers_bfloat16
 from rsae.rational import SMALLEST, sample_scale
 
 NARROW = torch.bfloat16
@@ -194,7 +194,7 @@ def pre_activations(
 ) -> Float[Tensor, "batch d_sae"]:
     """h = x W_enc^T + b_enc in bfloat16, without a gradient: what the gate chooses its entries from."""
     with torch.no_grad():
-        if x.is_cuda or not has_bfloat16():
+        if x.is_cuda or not prefers_bfloat16():
             return _product(x, W_enc, b_enc)
         # On a CPU torch writes the bias out, and adds the product to it. As one more column of the weights it costs nothing
         return F.linear(_with_column(x, 1.0), _with_column(W_enc, b_enc))
@@ -202,7 +202,7 @@ def pre_activations(
 
 def _product(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], bias: Float[Tensor, " m"] | None = None) -> Tensor:
     """a b^T + bias, in NARROW."""
-    if a.is_cuda or has_bfloat16():
+    if a.is_cuda or prefers_bfloat16():
         return F.linear(a.to(NARROW), b.to(NARROW), None if bias is None else bias.to(NARROW))
     h = a.new_empty(len(a), len(b), dtype=NARROW)
     for rows, out in zip(a.split(_ROWS), h.split(_ROWS), strict=True):
