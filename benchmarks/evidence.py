@@ -42,7 +42,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
-from rsae.calibrate import calibrate, counting_threshold, mean_l0
+from rsae.calibrate import HeldOut, calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import COMPARISON_RULE, evaluate_runs
 from rsae.finetune import (
@@ -247,7 +247,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
     _peak_memory_gb(reset=True)
     teacher = trained(cell, data, out / "teacher", progress)
     write_json(out / "run.json", {"identity": {"host": cell.host, "hook": cell.hook}})  # for `rsae probe`
-    l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
+    l0 = mean_l0(teacher, HeldOut(data.validation))
     saes: dict[str, Any] = {"teacher": teacher}
     if len(arms) > len(MAIN):
         saes["init"] = start("init", teacher, data, cell.seed)
@@ -266,7 +266,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
     eps = {}
     if "paper" in saes:
         saes["paper_hardened"] = saes["paper"]
-        eps["paper_hardened"] = counting_threshold(saes["paper"], (x for x, _ in data.validation.iterate(BATCH)), l0)
+        eps["paper_hardened"] = counting_threshold(saes["paper"], HeldOut(data.validation), l0)
     pairs = [
         ("rsae", "control"),
         ("rsae", "teacher"),

@@ -28,7 +28,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from rsae import finetune as finetuning
 from rsae import rational
 from rsae.artefacts import Progress, read_json, write_json
-from rsae.calibrate import counting_threshold, match_l0, mean_l0
+from rsae.calibrate import HeldOut, counting_threshold, match_l0, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import evaluate_runs
 from rsae.rational import Surrogate
@@ -260,7 +260,7 @@ def train(cell: Cell, name: str, teacher: SAE[Any], data: Data, l0: float, progr
         assert isinstance(sae, RationalSAE)
         sae = two_sided(sae)
     if variation.is_signed or how.objective == "l0" or variation.share < 1:  # else it is matched
-        sae = match_l0(sae, (x for x, _ in data.validation.iterate(BATCH)), l0)
+        sae = match_l0(sae, HeldOut(data.validation), l0)
     return sae
 
 
@@ -268,13 +268,10 @@ def search(cell: Cell, names: list[str], progress: Progress | None) -> dict[str,
     """Train and measure the named variations from one teacher, each compared with the control as it is."""
     data = gather(cell, progress)
     teacher = load_teacher(RUNS / cell.name / "teacher").sae
-    l0 = mean_l0(teacher, (x for x, _ in data.validation.iterate(BATCH)))
+    l0 = mean_l0(teacher, HeldOut(data.validation))
     arms = {name: train(cell, name, teacher, data, l0, progress) for name in dict.fromkeys(["control", *names])}
     eps = {
-        name: counting_threshold(arms[name], (x for x, _ in data.validation.iterate(BATCH)), l0)
-        if name in PAPER
-        else 0.0
-        for name in arms
+        name: counting_threshold(arms[name], HeldOut(data.validation), l0) if name in PAPER else 0.0 for name in arms
     }
     contexts = evaluation_contexts(data.host.tokenizer, TEXT, n_tokens=TOKENS, split="validation")
     pairs = [(name, "control") for name in arms if name != "control"]

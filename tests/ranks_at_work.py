@@ -35,7 +35,7 @@ ARMS = {
 
 def main() -> None:
     sparse.NARROW = torch.float32  # so that only the order of sums differs
-    torch.autocast = lambda *_: nullcontext()
+    torch.autocast = lambda *_, **__: nullcontext()
     folder, shards, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     mesh = Mesh.of(shards)
     data, held_out = MemoryStore(2000, seed=0), MemoryStore(1000, seed=1)

@@ -22,12 +22,13 @@ from sae_lens import (
 from rsae import finetune as finetuning
 from rsae import sparse
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
-from rsae.finetune import FinetuneConfig, check_topk_l0, finetune, schedule, trainee_for
+from rsae.finetune import FinetuneConfig, Form, check_topk_l0, finetune, schedule, trainee_for
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE, copied
 from rsae.sparse import Entries
 from rsae.teachers import load_teacher
+from rsae.teachers.checkpoint import build
 
 D_IN, D_SAE, L0 = 12, 40, 4
 SMALL = FinetuneConfig(steps=30, batch_size=64, lr=3e-3, checkpoint_every=10)
@@ -275,6 +276,21 @@ def with_a_constant_latent(sae, offset):
     return sae
 
 
+def with_dead_latents(sae, norm):
+    """The same function: three latents more for each, which are never active, their rows of that norm."""
+    generator, (d_sae, d_in) = torch.Generator().manual_seed(4), sae.W_dec.shape
+    more = F.normalize(torch.randn(3 * d_sae, d_in, generator=generator), dim=1)
+    added = {"W_enc": more.T, "W_dec": norm * more}
+    added |= {name: torch.full((3 * d_sae,), -1e4) for name in ("b_enc", "b_gate", "b_mag")}
+    added |= {"r_mag": torch.zeros(3 * d_sae), "threshold": torch.ones(3 * d_sae)}
+    weights = {
+        name: tensor if name == "b_dec" else torch.cat([tensor, added[name]], dim=1 if name == "W_enc" else 0)
+        for name, tensor in sae.state_dict().items()
+    }
+    family = {"standard": "relu"}.get(sae.cfg.architecture(), sae.cfg.architecture())
+    return build(family, weights, k=getattr(sae.cfg, "k", None), apply_b_dec_to_input=True, metadata=None)
+
+
 def moved(store, offset):
     store = copy.copy(store)
     store.x, store.mean = store.x + offset, store.mean + offset
@@ -329,12 +345,67 @@ class TestForm:
         finetune(teachers["relu"], data, SMALL, held_out=held_out, out=tmp_path / "unit")
         finetune(scaled(teachers["relu"], 4.0), data, SMALL, held_out=held_out, out=tmp_path / "long")
         assert "form" not in json.loads((tmp_path / "unit" / "finetune.json").read_text())
-        assert json.loads((tmp_path / "long" / "finetune.json").read_text())["form"] == [4.0, False]
+        long = json.loads((tmp_path / "long" / "finetune.json").read_text())
+        assert (long["form"], long["fold"]) == (2, 4.0)
+
+    @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "gated"])
+    @pytest.mark.parametrize("norm", [1e-4, 1e3])
+    def test_rows_of_dead_latents_say_nothing(self, teachers, data, held_out, family, norm):
+        """Three times as many dead latents as there are latents, their rows of another norm: all the others train as before."""
+        plain = finetune(teachers[family], data, SMALL, held_out=held_out)
+        padded = finetune(with_dead_latents(teachers[family], norm), data, SMALL, held_out=held_out)
+        assert mean_l0(padded, [held_out.x]) == pytest.approx(mean_l0(plain, [held_out.x]), rel=0.01)
+        assert fvu(padded, data) < fvu(teachers[family], data)
+        assert fvu(padded, data) == pytest.approx(fvu(plain, data), rel=0.05)
+
+    def test_a_run_keeps_its_fold(self, teachers, data, held_out, tmp_path):
+        """Weights of a checkpoint are in it, and another processor might find another one."""
+        sae = scaled(teachers["jumprelu"], 64.0)
+        whole = finetune(sae, data, SMALL, held_out=held_out)
+
+        def stop(name, done, steps):
+            if done == 15:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            finetune(sae, data, SMALL, held_out=held_out, out=tmp_path, progress=stop)
+        about = json.loads((tmp_path / "finetune.json").read_text())
+        assert about["fold"] == 64.0
+        with pytest.MonkeyPatch.context() as patch:
+            of = Form.of
+            patch.setattr(Form, "of", lambda *given: of(*given)._replace(fold=128.0))
+            resumed = finetune(sae, data, SMALL, held_out=held_out, out=tmp_path)
+        assert torch.equal(resumed.W_enc, whole.W_enc)
 
 
 def test_gradients_are_taken_where_the_caller_takes_none(teachers, data, held_out):
     with torch.no_grad():
         assert fvu(finetune(teachers["relu"], data, SMALL, held_out=held_out), data) < fvu(teachers["relu"], data)
+
+
+def test_a_stretch_of_other_text_may_have_many_active_latents(teachers, data, held_out):
+    """2,048 tokens in a row of tables or code, with more than four times the mean L0."""
+    sae = teachers["relu"]
+    busy = 6 * held_out.x[:256].repeat(8, 1)
+    calm = data.mean + 0.02 * (busy - data.mean).repeat(5, 1)
+    uneven = copy.copy(held_out)
+    uneven.x = torch.cat([busy, calm])
+    l0 = mean_l0(sae, [uneven.x])
+    assert mean_l0(sae, [busy]) > 4 * l0
+    trained = finetune(sae, data, replace(SMALL, target_l0=l0), held_out=uneven)
+    assert mean_l0(trained, [uneven.x]) == pytest.approx(l0, rel=0.01)
+
+
+def test_an_l0_that_was_missed_is_said(teachers, data, held_out, monkeypatch):
+    monkeypatch.setattr("rsae.finetune.match_l0", lambda sae, *_: sae)
+    with pytest.warns(UserWarning, match=r"L0 asked for, 9, was not reached: .* on the held-out"):
+        finetune(teachers["relu"], data, replace(SMALL, steps=1, target_l0=9.0), held_out=held_out)
+
+
+def test_an_rsae_keeps_the_alpha_that_it_was_trained_with(teachers, data, held_out):
+    once = finetune(calibrate(RationalSAE.from_teacher(teachers["topk"]), [data.x]), data, SMALL, held_out=held_out)
+    with pytest.raises(ValueError, match=r"follow the sample by 0\.25.*leave alpha out"):
+        finetune(once, data, replace(SMALL, alpha=0.5), held_out=held_out)
 
 
 def test_a_row_that_is_left_over_may_have_many_active_latents(teachers, data):
@@ -409,8 +480,6 @@ def values(sae, names):
     return [sae.get_parameter(n) if "coeffs" not in n else getattr(sae.gate, n.removeprefix("gate.")) for n in names]
 
 
-# Frozen weights leave a ReLU as many positive pre-activations as it had, which is its L0, and rounding decides
-@pytest.mark.filterwarnings("ignore:an L0 of 4 is out of reach")
 @pytest.mark.parametrize("family", ["relu", "jumprelu", "topk"])
 @pytest.mark.parametrize(
     "frozen", [("weights",), ("scales", "shape"), ("weights", "thresholds", "shape"), ("thresholds",)]
@@ -691,7 +760,7 @@ class TestTheLimits:
 
     def test_an_l0_out_of_reach_ends_as_near_as_it_gets(self, teachers, data, held_out, tmp_path):
         how = replace(SMALL, steps=400, target_l0=D_SAE - 1.0)
-        with pytest.warns(UserWarning, match="L0 of 39 is out of reach"):
+        with pytest.warns(UserWarning, match="L0 asked for, 39, was not reached: 6"):
             sae = finetune(self.rsae(teachers, data), data, how, held_out=held_out, out=tmp_path / "run")
         assert all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values())
         with torch.no_grad():

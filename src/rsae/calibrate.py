@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +21,22 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 Activations = Iterable[Float[Tensor, "batch d_in"]]
+"""Batches. Where a rank among all their values is looked for they may be read twice: a list, or `HeldOut`."""
 NONE_ACTIVE = "no latent is active on these activations: are they of the model and hook that the SAE is of?"
+
+
+class _Iterable(Protocol):
+    def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "batch d_in"], Any]]: ...
+
+
+class HeldOut:
+    """The activations of a store in its own order, as often as they are asked for."""
+
+    def __init__(self, store: _Iterable, batch_size: int = 2048) -> None:
+        self.store, self.batch_size = store, batch_size
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+        return (x for x, _ in self.store.iterate(self.batch_size))
 
 
 @torch.no_grad()
@@ -37,13 +51,13 @@ def mean_l0(sae: SAE[Any], activations: Activations, mesh: Mesh = ALONE) -> floa
     """Mean number of latents per token that are not exactly 0. With a mesh `sae` is this rank's shard, here as elsewhere."""
     active = tokens = 0
     for x in activations:
-        active += int(mesh.latents.sum(_is_active(sae, x, mesh).sum()))
+        active += int(mesh.latents.sum(is_active(sae, x, mesh).sum()))
         tokens += len(x)
     _require(tokens)
     return active / tokens
 
 
-def _is_active(sae: SAE[Any], x: Float[Tensor, "batch d_in"], mesh: Mesh) -> Bool[Tensor, "batch d_shard"]:
+def is_active(sae: SAE[Any], x: Float[Tensor, "batch d_in"], mesh: Mesh) -> Bool[Tensor, "batch d_shard"]:
     """Which latents are not 0. Where a sample's largest decide, those of all shards do."""
     if mesh.latents.size > 1 and sae.cfg.architecture() == "topk":
         h = pre_acts(sae, x)
@@ -66,7 +80,7 @@ def calibrate_threshold(
         l0: the L0 to reach; default the teacher's k.
     """
     teacher = _as_it_selects(teacher)
-    return _edge((pre_acts(teacher, x) for x in activations), float(teacher.cfg.k if l0 is None else l0), mesh)
+    return _edge(activations, lambda x: pre_acts(teacher, x), float(teacher.cfg.k if l0 is None else l0), mesh)
 
 
 def _as_it_selects(sae: SAE[Any]) -> SAE[Any]:
@@ -77,7 +91,7 @@ def _as_it_selects(sae: SAE[Any]) -> SAE[Any]:
 @torch.no_grad()
 def counting_threshold(sae: SAE[Any], activations: Activations, l0: float) -> float:
     """The eps at which, on average, `l0` latents of a token have |z| > eps: what sparsity means for a dense gate."""
-    return _edge((sae.encode(x.to(sae.W_enc.device)).abs() for x in activations), l0)
+    return _edge(activations, lambda x: sae.encode(x.to(sae.W_enc.device)).abs(), l0)
 
 
 @torch.no_grad()
@@ -85,7 +99,8 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float, mesh: Mesh = AL
     """A copy of `sae` whose mean L0 on `activations` is `l0`, by the one number its family leaves open.
 
     Thresholds (JumpReLU, rational with hard support) are multiplied by a common factor; a ReLU's b_enc and a gated SAE's b_gate get
-    a common shift; a TopK is left as it is. Meant for the last per cent, after training has steered L0 close.
+    a shift that is common to all h_j ||w_j||, w_j the row of W_dec; a TopK is left as it is. Meant for the last per cent, after
+    training has steered L0 close. Where there are fewer positive pre-activations than that, L0 stays below.
 
     Raises:
         ValueError: a dense gate; so many thresholds are 0, which no factor moves, that `l0` is out of reach; what `_edge` says.
@@ -101,33 +116,31 @@ def match_l0(sae: SAE[Any], activations: Activations, l0: float, mesh: Mesh = AL
     if alpha == 1:
         return sae  # every sample has its k largest, whatever the thresholds' common factor
     threshold = gate.threshold if gate is not None else getattr(sae, "threshold", None)
+    norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float32)
+    norms = torch.where(norms > 0, norms, 1.0)
 
     def relative(x: Tensor) -> Tensor:
         h = pre_acts(sae, x)
+        if threshold is not None:
+            return h / (gate.sample_threshold(h, mesh.largest) if gate is not None else threshold).clamp(min=1e-12)
+        sizes = h * norms
         if architecture == "gated":
             # An open gate lets nothing through where the magnitude is not positive: such come last
             magnitude = (h - sae.b_gate) * sae.r_mag.exp() + sae.b_mag  # type: ignore[operator]
-            h = torch.where(magnitude > 0, h, mesh.whole(h.amin()[None]).amin())
-        if threshold is not None:
-            h = h / (gate.sample_threshold(h, mesh.largest) if gate is not None else threshold).clamp(min=1e-12)
-        return h
+            sizes = torch.where(magnitude > 0, sizes, mesh.whole(sizes.amin()[None]).amin())
+        return sizes
 
-    edge = _edge(map(relative, activations), l0, mesh)
+    edge = _edge(activations, relative, l0, mesh)
     if threshold is not None and (not bool((mesh.whole(threshold) > 0).any()) or edge > 1e6):
         raise ValueError(
             f"no common factor of the thresholds gives an L0 of {l0:g}: too many of them are 0. Fine-tuning (rsae.finetune) gives "
             "each latent a threshold first"
         )
     if threshold is None:
-        sae.get_parameter("b_gate" if architecture == "gated" else "b_enc").data.sub_(edge)
+        sae.get_parameter("b_gate" if architecture == "gated" else "b_enc").data.sub_(edge / norms)
     else:
         # theta -> c theta moves theta s^alpha by c^(1 - alpha). Where there are fewer positive pre-activations than latents to be
         # active, the edge is not positive, and the thresholds go to where next to all of the positive ones are above them
-        if edge <= 0:
-            warnings.warn(
-                f"an L0 of {l0:g} is out of reach: there are fewer positive pre-activations, and L0 stays below",
-                stacklevel=2,
-            )
         threshold.data.mul_(max(max(edge, 0.0) ** (1 / (1 - alpha)), 1e-6))
     return sae
 
@@ -328,26 +341,39 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
     }
 
 
-def _edge(values: Iterable[Float[Tensor, "batch d_shard"]], l0: float, mesh: Mesh = ALONE) -> float:
-    """The number that, on average over all rows, `l0` values of a row are above.
+def _edge(
+    activations: Activations,
+    values: Callable[[Float[Tensor, "batch d_in"]], Float[Tensor, "batch d_shard"]],
+    l0: float,
+    mesh: Mesh = ALONE,
+) -> float:
+    """The number that, on average over all rows, `l0` of the values of a row are above.
 
     Raises:
-        ValueError: no rows; more than four times as many are above it in one batch as on average.
+        ValueError: no rows; in one batch four times as many are above it as on average, and the batches cannot be read twice.
     """
-    largest, rows, seen_to = [], 0, -math.inf
-    for batch in values:
-        rows += len(batch)
-        total = batch.numel() * mesh.latents.size
-        # Of the batch, since some rows have many times l0; and a batch may be what was left of a store, a row or two
-        n = min(math.ceil(l0 * (4 * len(batch) + 256)) + 1, total)
-        largest.append(mesh.largest(batch.reshape(1, -1), n)[0].topk(n, sorted=False).values)
-        if n < total:
-            seen_to = max(seen_to, float(largest[-1].min()))
-    _require(rows)
-    edge = _value_at_rank(torch.cat(largest), round(l0 * rows))
-    if edge < seen_to:
-        raise ValueError(f"a batch has more than four times the mean L0 of {l0:g}: give larger batches of activations")
-    return edge
+    room = 4
+    while True:
+        largest, rows, seen_to = [], 0, -math.inf
+        for x in activations:
+            batch = values(x)
+            rows += len(batch)
+            total = batch.numel() * mesh.latents.size
+            # Of the batch, since some rows have many times l0; and a batch may be what was left of a store, a row or two
+            n = min(math.ceil(l0 * (room * len(batch) + 256)) + 1, total)
+            largest.append(mesh.largest(batch.reshape(1, -1), n)[0].topk(n, sorted=False).values)
+            if n < total:
+                seen_to = max(seen_to, float(largest[-1].min()))
+        if rows == 0 and room > 4:
+            raise ValueError(
+                f"a batch has more than four times the mean L0 of {l0:g}: give activations that can be read twice (a list), or "
+                "larger batches"
+            )
+        _require(rows)
+        edge = _value_at_rank(torch.cat(largest), round(l0 * rows))
+        if edge >= seen_to:
+            return edge
+        room *= 8  # a stretch of code or of tables among prose
 
 
 def _value_at_rank(values: Tensor, rank: int) -> float:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from rsae import sparse
 from rsae.artefacts import Progress, atomic, config_hash, flush, provenance, read_json, write_json
-from rsae.calibrate import calibrate_threshold, match_l0, mean_l0, pre_acts
+from rsae.calibrate import HeldOut, calibrate_threshold, is_active, match_l0, mean_l0, pre_acts
 from rsae.cpu import keep_pages, prefers_bfloat16
 from rsae.mesh import ALONE, JOINING, Mesh, is_per_latent, save_joined, shard_of, with_weights
 from rsae.metrics import NotFinite
@@ -58,6 +58,8 @@ AUXILIARY = 1 / 32
 LOWEST = math.log(1e-6)
 # A b_dec with a coordinate so far from the activations' mean, in training units, is no centre for them.
 FAR = 10
+# An L0 that was matched, and is further than this from the target, relatively, is warned of.
+L0_TOLERANCE = 0.01
 # The threshold that a ReLU teacher's latents start with keeps this share of them.
 RELU_START = 0.8
 
@@ -151,24 +153,45 @@ class Form(NamedTuple):
     """What is subtracted from the input, and made up for in the bias, instead of what the SAE subtracts; in the host's units."""
 
     @classmethod
-    def of(cls, sae: SAE[Any], mean: Float[Tensor, " d_in"]) -> Form:
-        """The form that Adam can train: rows of about norm 1, in the middle of them, and inputs about 0."""
-        norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float32)
-        norms = norms[(norms > 0) & norms.isfinite()]
-        fold = 2.0 ** round(math.log2(norms.median().item())) if len(norms) else 1.0
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-            fold = 1.0  # its rows are made unit before it trains
-        is_about_0 = sae.cfg.apply_b_dec_to_input or sae.cfg.normalize_activations in NORMALISED
-        return cls(fold, None if is_about_0 else mean)
+    def of(
+        cls, sae: SAE[Any], folds: bool, sample: list[Tensor], mean: Float[Tensor, " d_in"], unit: float, mesh: Mesh
+    ) -> Form:
+        """The form that Adam can train: inputs about 0, and if it `folds` rows of about norm 1, in the middle of what is active.
 
-    def centred(self, sae: SAE[Any], mean: Float[Tensor, " d_in"], unit: float) -> Form:
-        """The same, about the activations' mean where that is far from the b_dec that the SAE subtracts."""
-        subtracts = sae.cfg.apply_b_dec_to_input and sae.cfg.normalize_activations not in NORMALISED
-        is_far = subtracts and float((sae.b_dec.detach().float().cpu() - mean.cpu()).abs().max()) > FAR * unit
-        return self._replace(centre=mean) if is_far else self
+        The rows of dead latents, which may be most of all, say nothing about the others.
+        """
+        fold = 1.0
+        if folds:
+            norms = mesh.whole(_row_norms(sae))
+            active = sum(is_active(sae, x, mesh).sum(0) for x in sample)
+            counts = torch.where((norms > 0) & norms.isfinite(), mesh.whole(torch.as_tensor(active)), 0)
+            if bool((counts > 0).any()):
+                norms, order = norms.sort()
+                among = counts[order].cumsum(0)
+                fold = 2.0 ** round(math.log2(norms[torch.searchsorted(among, among[-1:] / 2)].item()))
+        is_far = not _reads_about_0(sae)
+        if not is_far and sae.cfg.normalize_activations not in NORMALISED:
+            is_far = float((sae.b_dec.detach().float().cpu() - mean.cpu()).abs().max()) > FAR * unit
+        return cls(fold, mean if is_far else None)
 
 
 AS_IT_IS = Form()
+
+
+def _row_norms(sae: SAE[Any]) -> Float[Tensor, " d_sae"]:
+    return torch.linalg.vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float32)
+
+
+def _rows_differ_from_1(sae: SAE[Any]) -> bool:
+    """Whether any row of W_dec has a norm that is nearer to another power of two. Those that are made unit first have none."""
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return False
+    return bool((_row_norms(sae).log2().abs() > 0.5).any())
+
+
+def _reads_about_0(sae: SAE[Any]) -> bool:
+    """Whether the encoder reads what something was subtracted from."""
+    return sae.cfg.apply_b_dec_to_input or sae.cfg.normalize_activations in NORMALISED
 
 
 class Trainee(nn.Module, ABC):
@@ -737,6 +760,15 @@ def check_settings(sae: SAE[Any], config: FinetuneConfig) -> None:
     parts = set(trainee_for(without_weights, 1.0, config).parts())
     if config.target_l0 is not None and config.target_l0 > sae.cfg.d_sae:
         raise ValueError(f"target_l0 {config.target_l0:g} is more than the SAE's {sae.cfg.d_sae} latents")
+    if (
+        isinstance(sae, RationalSAE)
+        and 0 < sae.gate.alpha < 1
+        and config.alpha not in (sae.gate.alpha, FinetuneConfig.alpha)
+    ):
+        raise ValueError(
+            f"the thresholds of this RSAE follow the sample by {sae.gate.alpha:g}, which it was trained with and keeps: "
+            "leave alpha out"
+        )
     if sae.cfg.architecture() == "topk" and config.objective == "l0":
         raise ValueError("a TopK's L0 is its k, which no price moves: use 'matched-l0', or upgrade it first")
     if not config.frozen:
@@ -801,9 +833,9 @@ def finetune(
         "data": data.fingerprint,
         "held_out": held_out.fingerprint,
     }
-    form = Form.of(sae, data.mean)
-    if form.fold != 1 or form.centre is not None:
-        inputs["form"] = [form.fold, form.centre is not None]
+    folds = _rows_differ_from_1(sae)
+    if folds or not _reads_about_0(sae):
+        inputs["form"] = 2  # raised as `loop` is, where there is one
     mesh.ranks.agree("inputs and settings", config_hash(inputs))
     folder = _Folder(out, inputs, mesh) if out is not None else None
     if folder is not None and folder.done:
@@ -813,14 +845,17 @@ def finetune(
     like, d_sae = sae.W_enc, sae.cfg.d_sae
     # In float32 all along: the factor that matches L0 is less than bfloat16 can tell apart
     part = shard_of(sae, mesh).to(mesh.device, torch.float32)
-    target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, _activations(held_out), mesh))
+    target = config.target_l0 or (float(d_sae) if dense else mean_l0(part, HeldOut(held_out), mesh))
     if target == 0:
         raise ValueError("no latent of this SAE is active on the held-out activations: another model, hook or scale?")
     sample = list(islice(data.batches(config.batch_size, seed=config.seed), 8))
     part = _ready_to_train(part, sample, config, target, mesh)
     config = replace(config, target_l0=target)
     unit = _unit(sample[:4], data.mean)
-    trainee = trainee_for(part, unit, config, mesh, form.centred(part, data.mean, unit)).to(mesh.device)
+    form = Form.of(part, folds, sample[:4], data.mean, unit, mesh)
+    if folder is not None:
+        form = form._replace(fold=folder.kept("fold", form.fold))
+    trainee = trainee_for(part, unit, config, mesh, form).to(mesh.device)
     del sample
     part.cpu()  # the trainee has weights of its own
     with torch.enable_grad():
@@ -828,7 +863,14 @@ def finetune(
     part = trainee.export(part).to(mesh.device)
     del trainee
     if config.objective == "matched-l0" and "thresholds" not in config.frozen:
-        part = match_l0(part, _activations(held_out), target, mesh)
+        part = match_l0(part, HeldOut(held_out), target, mesh)
+        found = mean_l0(part, HeldOut(held_out), mesh)
+        if abs(found / target - 1) > L0_TOLERANCE:
+            warnings.warn(
+                f"{name}: the L0 asked for, {target:.4g}, was not reached: {found:.4g} on the held-out activations. Too few "
+                "pre-activations are positive, or many are equal; do not compare this arm",
+                stacklevel=2,
+            )
     check_weights(part, name, mesh)
     if folder is not None:
         folder.finish(part)
@@ -928,10 +970,6 @@ def _train(
             progress(name, done, config.steps)
 
 
-def _activations(store: Store, batch_size: int = 2048) -> Iterator[Tensor]:
-    return (x for x, _ in store.iterate(batch_size))
-
-
 def _unit(sample: list[Tensor], mean: Tensor) -> float:
     """Root mean square of a coordinate of the centred activations: what training takes as 1."""
     total = sum(float((x - mean).double().square().sum()) for x in sample)
@@ -956,9 +994,7 @@ def _ready_to_train(sae: SAE[Any], sample: list[Tensor], config: FinetuneConfig,
         share = 1.0 if bool((thresholds > 0).any()) else RELU_START
         typical = _mean_active(sae, sample, mesh)
         gate.threshold.data.copy_(torch.where(gate.threshold > 0, gate.threshold, typical))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an L0 out of reach is said of where training ends, not of where it starts
-            matched = match_l0(sae, sample, share * l0, mesh)
+        matched = match_l0(sae, sample, share * l0, mesh)
         assert isinstance(matched, RationalSAE)
         sae, gate = matched, matched.gate
     if gate.alpha in (0, 1):  # what lies between was trained so
@@ -1016,6 +1052,17 @@ class _Folder:
             raise ValueError(f"{self.path} is not empty and holds no fine-tuning run: choose another folder")
         write_json(about, {"hash": hash_, "done": False, **inputs, "provenance": provenance()})
         return read_json(about)
+
+    def kept(self, name: str, found: float) -> float:
+        """What the run began with, on whatever processor; `found`, if it begins now."""
+
+        def keep() -> dict[str, Any]:
+            if name not in self._about:
+                write_json(self.path / "finetune.json", {**self._about, name: found})
+            return read_json(self.path / "finetune.json")
+
+        self._about = self.mesh.once(keep)
+        return self._about[name]
 
     def result(self) -> SAE[Any]:
         """The SAE of a run that is done."""

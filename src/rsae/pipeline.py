@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json
-from rsae.calibrate import calibrate, counting_threshold, gate_curves, mean_l0
+from rsae.calibrate import HeldOut, calibrate, counting_threshold, gate_curves, mean_l0
 from rsae.evaluate import counting_thresholds_of, evaluate, evaluate_runs, loss_contexts
 from rsae.finetune import FinetuneConfig, check_mesh, check_settings, check_topk_l0, check_trainable, finetune
 from rsae.harvest import ActivationStore, SinkRule, division, harvest_all
@@ -35,7 +35,6 @@ from rsae.text import Contexts, Split, evaluation_contexts, text_fingerprint
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-    from torch import Tensor
 
 ARMS = ("teacher", "control", "init", "rsae")
 Recipe = Literal["hard", "paper"]
@@ -386,6 +385,7 @@ def demo(
         return {family: _measured(out / family) for family in families}
     model = _load_host(host, ledger, progress)
     model.hook_point(hook)
+    ledger.write()
     with ledger.clock("harvest"):
         data = Data.gather(model, hook, text, out / "acts", config, progress)
     runs: dict[str, dict[str, SAE[Any]]] = {}
@@ -424,7 +424,7 @@ def _load_host(spec: str, ledger: Ledger, progress: Progress | None, mesh: Mesh 
     if progress is not None:
         progress("load the model", 0, 1)
     with mesh.ranks.main_first():  # which makes what a packaged host is read from
-        host = load_host(spec, dtype=ledger.about.get("host_dtype"))
+        host = load_host(spec, dtype=ledger.host_dtype)
     ledger.about["host_dtype"] = host.dtype_name
     if progress is not None:
         progress("load the model", 1, 1)
@@ -451,8 +451,7 @@ def train_arms(
         save_sae(teacher, run / "teacher")
     # A run that was killed goes on with what it has found, which another processor would round otherwise
     if (l0 := config.finetune.target_l0 or ledger.about.get("target_l0")) is None:
-        validation = (x for x, _ in data.validation.iterate(2048))
-        l0 = mean_l0(shard_of(teacher, mesh).to(mesh.device), validation, mesh)
+        l0 = mean_l0(shard_of(teacher, mesh).to(mesh.device), HeldOut(data.validation), mesh)
     if l0 == 0:
         raise ValueError("no latent of this SAE is active on the held-out activations: another model, hook or scale?")
     ledger.write(target_l0=l0)
@@ -493,13 +492,9 @@ def train_arms(
 
 def counting_thresholds(arms: Mapping[str, SAE[Any]], data: Data) -> dict[str, float]:
     """For each dense arm the eps at which its L0 on validation text is the teacher's."""
-
-    def validation() -> Iterator[Tensor]:
-        return (x for x, _ in data.validation.iterate(2048))
-
-    l0 = mean_l0(arms["teacher"], validation())
+    l0 = mean_l0(arms["teacher"], HeldOut(data.validation))
     dense = {arm: sae for arm, sae in arms.items() if isinstance(sae, RationalSAE) and sae.gate.support == "dense"}
-    return {arm: counting_threshold(sae, validation(), l0) for arm, sae in dense.items()}
+    return {arm: counting_threshold(sae, HeldOut(data.validation), l0) for arm, sae in dense.items()}
 
 
 def evaluate_folder(
@@ -647,6 +642,14 @@ class Ledger:
                     f"{folder / name} is missing or has changed since the run ended: delete {folder} and run again"
                 )
         return ledger
+
+    @property
+    def host_dtype(self) -> str | None:
+        """In what dtype the run's host is read; None: it has not begun."""
+        before = (
+            "bfloat16" if (self.folder / "run.json").exists() else None
+        )  # without exception, until it was written down
+        return self.about.get("host_dtype", before)
 
     @property
     def done(self) -> bool:
