@@ -283,6 +283,26 @@ def _slower(cells: Sequence[Cell]) -> str:
     )
 
 
+def _percents(arms: dict[str, Any], metric: str) -> str:
+    return ", ".join(f"{arms[arm][metric]:.1%}" for arm in ("teacher", "control", "rsae"))
+
+
+def _harmed(cells: Sequence[Cell]) -> str:
+    """The cells whose control training has left worse than its frozen teacher: what is won from it may be its loss."""
+    found = [
+        f"{cell['name']} (delta-CE: teacher {of['teacher']['delta_ce']:.3f}, control {of['control']['delta_ce']:.3f}, RSAE "
+        f"{of['rsae']['delta_ce']:.3f}; alive: {_percents(of, 'alive')})"
+        for cell in cells
+        if any((of := cell["arms"])["control"][metric] > of["teacher"][metric] for metric in ("fvu", "delta_ce"))
+    ]
+    return (
+        f"**Controls that training left worse than the frozen teacher**, in FVU or delta-CE, so that what is won from them says "
+        f"little: {'; '.join(found)}.\n"
+        if found
+        else ""
+    )
+
+
 def _over_teacher(cells: Sequence[Cell], metric: str) -> str:
     wins = sum(not cell["failed"] and cell["rsae_minus_teacher"][metric][2] < 0 for cell in cells)
     return f"{wins} of {len(cells)}"
@@ -318,6 +338,7 @@ def _page(evidence: dict[str, Any]) -> str:
         f"\nOf these, the {len(others)} cells that nothing was chosen on, nor on another seed of theirs:\n",
         table(["", "win", "tie", "loss", "failed"], _verdicts(others)),
         _strictly(measured),
+        _harmed(measured),
         DIFFERS,
         _from_scratch(measured),
         _slower(measured),
