@@ -13,7 +13,7 @@ from tiny_host import save_text, save_tiny
 
 from rsae import hosts, pipeline
 from rsae import text as text_module
-from rsae.artefacts import read_json
+from rsae.artefacts import read_json, write_json
 from rsae.finetune import FinetuneConfig
 from rsae.hosts import load_host
 from rsae.pipeline import ARMS, UpgradeConfig, demo, evaluate_folder, upgrade, upgrade_all
@@ -216,21 +216,26 @@ def test_a_killed_upgrade_goes_on_where_arithmetic_rounds_otherwise(demo_run, ho
     assert (tmp_path / "run" / "init" / "sae_weights.safetensors").read_bytes() == init
 
 
-def test_a_run_keeps_the_dtype_that_its_host_began_in(demo_run, host, text, tmp_path, monkeypatch):
-    """A processor without units for bfloat16 begins in float32, and one that has them goes on so."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_keeps_the_dtype_that_its_host_began_in(dtype, demo_run, host, text, tmp_path, monkeypatch):
+    """Also where it goes on on a processor that would choose another; one that did not write it down was in bfloat16."""
     teacher, run = demo_run[0] / "jumprelu" / "teacher", tmp_path / "run"
 
     def stop(stage, done, total):
         if "control" in stage and done == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hosts, "prefers_bfloat16", lambda: False)
+    monkeypatch.setattr(hosts, "prefers_bfloat16", lambda: dtype == "bfloat16")
     with pytest.raises(KeyboardInterrupt):
         upgrade(teacher, host, HOOK, text, run, config=CONFIG, trust=True, progress=stop)
-    monkeypatch.setattr(hosts, "prefers_bfloat16", lambda: True)
+    monkeypatch.setattr(hosts, "prefers_bfloat16", lambda: dtype == "float32")
+    if dtype == "bfloat16":
+        about = read_json(run / "run.json")
+        del about["host_dtype"]
+        write_json(run / "run.json", about)
     metrics = upgrade(teacher, host, HOOK, text, run, config=CONFIG)
-    assert read_json(run / "run.json")["host_dtype"] == "float32"
-    assert read_json(run / "acts" / "validation" / "meta.json")["config"]["dtype"] == "float32"
+    assert read_json(run / "run.json")["host_dtype"] == dtype
+    assert read_json(run / "acts" / "validation" / "meta.json")["config"]["dtype"] == dtype
     again, _ = evaluate_folder(run, host, HOOK, text, None, tokens=400, ce_tokens=200, progress=None)
     assert again["rsae"] == metrics["rsae"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,23 +20,21 @@ from rsae.sae import THETA, RationalSAE, as_jumprelu, copied, without_rescaling
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+    from rsae.finetune import Store
+
 Activations = Iterable[Float[Tensor, "batch d_in"]]
 """Batches. Where a rank among all their values is looked for they may be read twice: a list, or `HeldOut`."""
 NONE_ACTIVE = "no latent is active on these activations: are they of the model and hook that the SAE is of?"
 
 
-class _Iterable(Protocol):
-    def iterate(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "batch d_in"], Any]]: ...
-
-
 class HeldOut:
     """The activations of a store in its own order, as often as they are asked for."""
 
-    def __init__(self, store: _Iterable, batch_size: int = 2048) -> None:
-        self.store, self.batch_size = store, batch_size
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        return (x for x, _ in self.store.iterate(self.batch_size))
+        return (x for x, _ in self.store.iterate(2048))
 
 
 @torch.no_grad()

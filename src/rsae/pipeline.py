@@ -600,6 +600,8 @@ class Ledger:
             "done": False,
         }
         self.seconds: dict[str, float] = self.about.get("seconds", {})
+        # What the run's host was read in so far; without exception bfloat16, until it was written down. None: it begins now
+        self.host_dtype: str | None = found.get("host_dtype", "bfloat16") if found else None
 
     @classmethod
     def open(
@@ -642,14 +644,6 @@ class Ledger:
                     f"{folder / name} is missing or has changed since the run ended: delete {folder} and run again"
                 )
         return ledger
-
-    @property
-    def host_dtype(self) -> str | None:
-        """In what dtype the run's host is read; None: it has not begun."""
-        before = (
-            "bfloat16" if (self.folder / "run.json").exists() else None
-        )  # without exception, until it was written down
-        return self.about.get("host_dtype", before)
 
     @property
     def done(self) -> bool:
