@@ -76,11 +76,11 @@ except ValueError:
 def test_a_lost_rank_is_said_and_not_waited_for(tmp_path) -> None:
     code = """
 import os, signal
-ranks.barrier()
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are left
-if ranks.rank == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are left: before one can be lost
 try:
+    ranks.barrier()
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     ranks.barrier()
 except ConnectionError as error:
     print(error)
