@@ -317,13 +317,13 @@ from rsae.mesh import ALONE, Mesh
 
 mesh, folder = Mesh.of(2), Path({str(tmp_path)!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are left: before one can be lost
 if ranks.rank == 1:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     mesh.save({{"W_enc": torch.zeros(100, 50)}}, folder / "checkpoint")
 except OSError as error:
     print(error.errno, "could not write" in str(error))
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are left
 if ranks.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 for function in (lambda: mesh.latents.sum(torch.ones(3)), lambda: mesh.latents.gather(torch.ones(3))):
