@@ -46,6 +46,7 @@ from rsae.calibrate import HeldOut, calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import COMPARISON_RULE, evaluate_runs
 from rsae.finetune import (
+    GATE_LR,
     DenseTrainee,
     FinetuneConfig,
     GatedTrainee,
@@ -85,9 +86,26 @@ TEACHER = FinetuneConfig(
     surrogate=Surrogate("rectangle", bandwidth=0.8, strength=0.0, crowding=0.0), checkpoint_every=500,
 )  # fmt: skip
 """Written out, so that teachers stay what they are when the defaults of an upgrade change."""
-FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, checkpoint_every=500)
-RATES: dict[tuple[str, str], float] = {("package:smollm2-135m", "jumprelu"): 2e-3}
-"""Learning rate of all fine-tuned arms, where the control is better with it than with FINETUNE's (results/SEARCH.md)."""
+FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, gate_lr=GATE_LR, checkpoint_every=500)
+
+
+class Rates(NamedTuple):
+    """Learning rates with which a control is better than with FINETUNE's (results/SEARCH.md; Gemma's: dev/LOG.md)."""
+
+    lr: float
+    """Of the weights, in all fine-tuned arms."""
+    control: float = GATE_LR
+    """Of the control's own thresholds, alone."""
+
+
+RATES: dict[tuple[str, int, str], Rates] = {
+    **{("package:smollm2-135m", layer, "jumprelu"): Rates(2e-3) for layer in LAYERS["package:smollm2-135m"]},
+    ("package:gemma3-270m", 3, "jumprelu"): Rates(1e-3, 3e-2),
+    ("package:gemma3-270m", 9, "jumprelu"): Rates(2e-3, 3e-3),
+    ("package:gemma3-270m", 9, "batchtopk"): Rates(2e-3, 3e-3),
+    ("package:gemma3-270m", 14, "jumprelu"): Rates(2e-3, 3e-3),
+}
+"""By host, layer and family."""
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
 """220,000 tokens of text leave more than 200,000 that are measured. How it would fine-tune is not used: FINETUNE is."""
 IDENTITY = 160
@@ -152,6 +170,10 @@ class Cell:
         return f"{short(self.host)}/layer-{self.layer}/{self.family}-x{self.expansion}-l0-{self.l0}-seed-{self.seed}"
 
     @property
+    def setting(self) -> str:
+        return setting_of({"host": self.host, "hook": self.hook, "family": self.family})
+
+    @property
     def has_all_arms(self) -> bool:
         is_central = self.layer == LAYERS[self.host][1] and (self.l0, self.seed, self.expansion) == (32, 0, 8)
         return is_central and self.family in FAMILIES
@@ -173,9 +195,20 @@ def grid() -> list[Cell]:
     return [*cells, Cell("package:gemma3-270m", 9, "topk", 32, 0, expansion=25)]  # 16,000 latents
 
 
+def rates(cell: Cell) -> Rates:
+    """The learning rates of a cell."""
+    return RATES.get((cell.host, cell.layer, cell.family), Rates(FINETUNE.lr))
+
+
 def fine_tuning(cell: Cell) -> FinetuneConfig:
-    """How the arms of a cell are fine-tuned, before ARMS changes one."""
-    return replace(FINETUNE, lr=RATES.get((cell.host, cell.family), FINETUNE.lr))
+    """How the arms of a cell are fine-tuned, before `change` changes one."""
+    return replace(FINETUNE, lr=rates(cell).lr)
+
+
+def change(cell: Cell, arm: str) -> dict[str, Any]:
+    """What an arm of a cell has otherwise than FINETUNE, but for the rate that all of them share."""
+    of_control = rates(cell).control
+    return ARMS[arm].change | ({"gate_lr": of_control} if arm == "control" and of_control != GATE_LR else {})
 
 
 def start(kind: str, teacher: SAE[Any], data: Data, seed: int, degree: tuple[int, int] | None = None) -> SAE[Any]:
@@ -253,7 +286,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         saes["init"] = start("init", teacher, data, cell.seed)
     failed_arms = {}
     for name in arms:
-        how = replace(fine_tuning(cell), target_l0=l0, seed=cell.seed, **ARMS[name].change)
+        how = replace(fine_tuning(cell), target_l0=l0, seed=cell.seed, **change(cell, name))
         try:
             saes[name] = finetune(
                 start(ARMS[name].start, teacher, data, cell.seed), data.train, how, held_out=data.validation, out=out / name,
@@ -334,16 +367,17 @@ def settings(cell: Cell) -> dict[str, Any]:
     return {
         "text": TEXT, "teacher": BATCHTOPK if cell.family == "batchtopk" else asdict(TEACHER),
         "finetune": asdict(fine_tuning(cell)), "data": data,
-        "arms": {name: setting_of_arm(name, cell.family) for name in MAIN},
+        "arms": {name: setting_of_arm(name, cell) for name in MAIN},
     }  # fmt: skip
 
 
-def setting_of_arm(name: str, family: str) -> dict[str, Any]:
+def setting_of_arm(name: str, cell: Cell) -> dict[str, Any]:
     """What the numbers of an arm depend on besides the settings of all, as JSON has it. `loop`: of what trains it."""
     arm = ARMS[name]
-    kind = OWN[family] if arm.start == "teacher" else DenseTrainee if arm.start == "dense" else ThresholdTrainee
-    change = arm.change | ({"surrogate": asdict(arm.change["surrogate"])} if "surrogate" in arm.change else {})
-    return json.loads(json.dumps({"start": arm.start, "change": change, "loop": kind.loop}))
+    kind = OWN[cell.family] if arm.start == "teacher" else DenseTrainee if arm.start == "dense" else ThresholdTrainee
+    how = change(cell, name)
+    how |= {"surrogate": asdict(how["surrogate"])} if "surrogate" in how else {}
+    return json.loads(json.dumps({"start": arm.start, "change": how, "loop": kind.loop}))
 
 
 def about(cell: Cell, data: Data, arms: Iterable[str]) -> dict[str, Any]:
@@ -353,7 +387,7 @@ def about(cell: Cell, data: Data, arms: Iterable[str]) -> dict[str, Any]:
         "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
         "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)),
-        "other_arms": {name: setting_of_arm(name, cell.family) for name in arms if name not in MAIN},
+        "other_arms": {name: setting_of_arm(name, cell) for name in arms if name not in MAIN},
         "provenance": started(),
     }  # fmt: skip
 
@@ -437,7 +471,7 @@ def is_measured(cell: Cell, arms: Sequence[str], done: dict[str, Any] | None) ->
     """Whether what is known of a cell has these arms, with the settings and by the loop of now."""
     if not done or done["settings"] != config_hash(settings(cell)):
         return False
-    others = {name: setting_of_arm(name, cell.family) for name in arms if name not in MAIN}
+    others = {name: setting_of_arm(name, cell) for name in arms if name not in MAIN}
     return not done["arms"] or others.items() <= done["other_arms"].items()
 
 
@@ -445,10 +479,9 @@ def evidence_so_far() -> dict[str, Any]:
     """results/evidence.json, with the grid and the settings of now."""
     file = RESULTS / "evidence.json"
     evidence = read_json(file) if file.exists() else {"text": TEXT, "cells": []}
-    evidence["settings"] = {setting_of(asdict(cell)): settings(cell) for cell in grid()}
+    evidence["settings"] = {cell.setting: settings(cell) for cell in grid()}
     evidence["other_arms"] = {
-        setting_of(asdict(cell)): {name: setting_of_arm(name, cell.family) for name in ARMS if name not in MAIN}
-        for cell in grid()
+        cell.setting: {name: setting_of_arm(name, cell) for name in ARMS if name not in MAIN} for cell in grid()
     }
     evidence["grid"], evidence["comparison_rule"] = len(grid()), COMPARISON_RULE
     return evidence

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 from rsae.artefacts import atomic, config_hash
-from rsae.finetune import FinetuneConfig
 
 MARKS = ("<!-- evidence: made by python -m benchmarks.evidence -->", "<!-- /evidence -->")
 COLOURS = {"teacher": "#8d99ae", "control": "#30638e", "rsae": "#d1495b"}
@@ -164,8 +163,8 @@ def short(host: str) -> str:
 
 
 def setting_of(cell: Cell) -> str:
-    """What a cell shares its settings with: its host and family."""
-    return f"{short(cell['host'])} {cell['family']}"
+    """What a cell shares its settings with: its host, layer and family."""
+    return f"{short(cell['host'])} layer-{_layer(cell)} {cell['family']}"
 
 
 def _layer(cell: Cell) -> str:
@@ -180,7 +179,7 @@ def _measured(cell: Cell) -> bool:
 def _chosen_on(cell: Cell) -> bool:
     """Whether the default recipe was chosen on this cell's arms, or on those of another seed beside it."""
     here = (cell["is_middle"], cell["expansion"]) == (True, 8)
-    return here and setting_of(cell) in CHOSEN_ON.get(cell["target_l0"], ())
+    return here and f"{short(cell['host'])} {cell['family']}" in CHOSEN_ON.get(cell["target_l0"], ())
 
 
 def _measured_on(cells: Sequence[Cell]) -> str:
@@ -314,10 +313,7 @@ def _page(evidence: dict[str, Any]) -> str:
     others = [cell for cell in cells if not _chosen_on(cell)]
     settings = evidence["settings"]
     finetune, teacher = _finetune(evidence), next(iter(settings.values()))["teacher"]
-    by_rate: dict[str, list[str]] = {}
-    for name, found in settings.items():
-        by_rate.setdefault(f"{found['finetune']['lr']:g}", []).append(name)
-    rates = "; ".join(f"{rate} ({', '.join(names)})" for rate, names in by_rate.items())
+    rates = f" ({found})" if (found := _other_rates(evidence)) else ""
     millions = " or ".join(sorted({f"{cell['unique_tokens'] / 1e6:.2f}" for cell in cells}))
     parts = [
         "# RSAE minus control: the evidence\n",
@@ -327,10 +323,10 @@ def _page(evidence: dict[str, Any]) -> str:
         f"sources, and {evidence['shared_documents']} of them share a long line or sentence with a training document. Teachers: "
         f"{teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g} (a BatchTopK's by SAELens' own loop). "
         f"Every fine-tuned arm: {finetune['steps']} "
-        f"steps more on the same batches, lr {rates}, mean L0 matched to the teacher's on validation text, exact zeros "
-        "counted (the arms that say otherwise apart). Differences: relative for FVU, nats per token for delta-CE, with the 95% "
-        "interval of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 percentage "
-        f"point. {_measured_on(measured)}\n",
+        f"steps more on the same batches, lr {finetune['lr']:g}{rates}, mean L0 matched to the teacher's on validation text, "
+        "exact zeros counted (the arms that say otherwise apart). Differences: relative for FVU, nats per token for delta-CE, "
+        "with the 95% interval of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 "
+        f"percentage point. {_measured_on(measured)}\n",
         CHOSEN,
         COVERS,
         f"## Verdict on {len(cells)} of the grid's {evidence['grid']} cells: RSAE against the control\n",
@@ -511,17 +507,27 @@ def _headline(evidence: dict[str, Any]) -> str:
     lost = ", ".join(f"{n} in {metric}" for metric, n in losses.items() if n) or "none"
     failed = sum("failed" in cell["verdict"].values() for cell in cells)
     lost += f"; {failed} failed, by the rules of the page" if failed else ""
-    default = FinetuneConfig().lr
-    rates = [f"{name} {each['finetune']['lr']:g}" for name, each in evidence["settings"].items()]
-    others = [rate for rate in rates if float(rate.split()[-1]) != default]
     as_upgrade = ", as `rsae upgrade` does it but on up to 2 M stored tokens"
-    as_upgrade += f" (learning rate: {', '.join(others)})" if others else ""
+    as_upgrade += f" (learning rates: {rates})" if (rates := _other_rates(evidence)) else ""
     return (
         f"{table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32, "
         f"{millions:.1f} M tokens of fine-tuning in each arm{as_upgrade}; {ran_on(cells)}. Measured so far: {len(cells)} of "
         f"{evidence['grid']} cells; RSAE wins {said}; it loses {lost}. [results/EVIDENCE.md](results/EVIDENCE.md) has each, and "
         "what the settings were chosen on.\n"
     )
+
+
+def _other_rates(evidence: dict[str, Any]) -> str:
+    """The learning rates that are not those of most teachers, in words."""
+    by_rate: dict[str, list[str]] = {}
+    for name, found in evidence["settings"].items():
+        of_control = found["arms"]["control"]["change"].get("gate_lr")
+        rate = f"{found['finetune']['lr']:g}" + (
+            f" and {of_control:g} for the control's thresholds" if of_control else ""
+        )
+        by_rate.setdefault(rate, []).append(name)
+    of_most = max(by_rate, key=lambda rate: len(by_rate[rate]))
+    return "; ".join(f"{rate}: {', '.join(names)}" for rate, names in by_rate.items() if rate != of_most)
 
 
 def _finetune(evidence: dict[str, Any]) -> dict[str, Any]:

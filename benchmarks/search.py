@@ -157,6 +157,13 @@ THRESHOLDS = {
     "control, bandwidth 0.8": Variation({"surrogate": Surrogate(bandwidth=0.8)}),
     "control, bandwidth 1.2": Variation({"surrogate": Surrogate(bandwidth=1.2)}),
     "control, gate rate 3e-4": Variation({"gate_lr": 3e-4}),
+    **{f"control, gate rate {rate}": Variation({"gate_lr": float(rate)}) for rate in ("3e-3", "1e-2")},
+    **{
+        f"control, lr 2e-3, gate rate {rate}": Variation({"lr": 2e-3, "gate_lr": float(rate)})
+        for rate in ("3e-3", "1e-2")
+    },
+    "control, lr 4e-3, gate rate 3e-3": Variation({"lr": 4e-3, "gate_lr": 3e-3}),
+    "control, lr 5e-4, gate rate 1e-2": Variation({"lr": 5e-4, "gate_lr": 1e-2}),
     **{
         f"control, lr 2e-3, trained at {share:g} of the L0": Variation({"lr": 2e-3}, share=share)
         for share in (0.9, 0.8)

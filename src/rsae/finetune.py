@@ -49,6 +49,9 @@ Objective = Literal["matched-l0", "l0", "l1"]
 Part = Literal["weights", "thresholds", "scales", "shape"]
 
 LOG_EVERY = 10
+# The best for either on the teachers of results/EVIDENCE.md. No gradient from its edge tells a JumpReLU's encoder that latents
+# come on as it grows: its thresholds have to keep up
+GATE_LR, JUMPRELU_LR = 1e-3, 1e-2
 NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is; a TopK's, which has none,
 # learns from what the active ones leave, by an auxiliary loss of this weight.
@@ -74,8 +77,9 @@ class FinetuneConfig:
     """Tokens in a step."""
     lr: float = 1e-3
     """Adam's learning rate of weights and biases."""
-    gate_lr: float = 1e-3
-    """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit."""
+    gate_lr: float | None = None
+    """Learning rate of log-thresholds, log C_in, log C_out, and of the rational's coefficients relative to their fit. None:
+    JUMPRELU_LR for a JumpReLU's own thresholds, GATE_LR for every other gate."""
     warmup: float = 0.05
     """Share of the steps in which the rate rises linearly."""
     decay: float = 0.4
@@ -826,6 +830,8 @@ def finetune(
     check_mesh(sae, config, mesh, out)
     keep_pages()
     check_settings(sae, config)
+    if config.gate_lr is None:
+        config = replace(config, gate_lr=JUMPRELU_LR if sae.cfg.architecture() == "jumprelu" else GATE_LR)
     inputs = {
         "loop": kind_of(sae).loop,
         "config": asdict(config),
