@@ -116,6 +116,21 @@ def test_the_grid_is_the_one_that_was_promised():
             assert sorted(ours) == [(16, 0), (32, 0), (32, 1), (32, 2), (64, 0)]
 
 
+def test_rates_that_the_control_is_best_with():
+    """All arms have its rate of the weights, it alone that of its own thresholds, and cells of other rates are other cells."""
+    bench, tables = sys.modules.get("benchmarks.evidence") or load("evidence"), load("evidence_tables")
+    fast = bench.Cell("package:gemma3-270m", 9, "jumprelu", 32, 0)
+    plain = replace(fast, family="topk")
+    assert bench.fine_tuning(fast).lr == 2e-3
+    assert bench.fine_tuning(plain) == bench.FINETUNE
+    assert bench.change(fast, "control") == {"gate_lr": 3e-3}
+    assert bench.change(fast, "rsae") == bench.change(plain, "control") == {}
+    assert bench.settings(fast)["arms"]["control"]["change"] == {"gate_lr": 3e-3}
+    settings = {cell.setting: bench.settings(cell) for cell in (plain, replace(plain, layer=3), fast)}
+    said = "0.002 and 0.003 for the control's thresholds: gemma3-270m layer-9 jumprelu"
+    assert tables._other_rates({"settings": settings}) == said
+
+
 def test_a_teacher_of_another_loop(bench, monkeypatch, tmp_path):
     """SAELens' own BatchTopK: its loop, its scale, its threshold; trained once, and never taken for one of other settings."""
     (cell,) = (c for c in bench.grid() if c.family == "topk")

@@ -449,6 +449,26 @@ def test_another_run_in_the_folder_is_refused_and_kept(teachers, data, held_out,
     assert (tmp_path / "sae_weights.safetensors").read_bytes() == before
 
 
+def test_each_gate_has_its_own_rate_unless_one_is_asked_for(teachers, data, held_out, tmp_path):
+    """The thresholds of a JumpReLU, which alone learn from its edge, learn faster than a rational gate; what ran is recorded."""
+    short = replace(SMALL, steps=2)
+    arms = {
+        "jumprelu": teachers["jumprelu"],
+        "rational": RationalSAE.from_teacher(teachers["jumprelu"], support="hard"),
+        "topk": teachers["topk"],
+    }
+    for name, sae in arms.items():
+        finetune(sae, data, short, held_out=held_out, out=tmp_path / name)
+        rate = json.loads((tmp_path / name / "finetune.json").read_text())["config"]["gate_lr"]
+        assert rate == (finetuning.JUMPRELU_LR if name == "jumprelu" else finetuning.GATE_LR)
+    moves = []
+    for rate in (None, finetuning.GATE_LR, finetuning.JUMPRELU_LR):
+        tuned = finetune(teachers["jumprelu"], data, replace(short, gate_lr=rate), held_out=held_out)
+        moves.append((tuned.threshold / teachers["jumprelu"].threshold).log())
+    assert torch.equal(moves[0], moves[2])
+    assert moves[0].std() > 3 * moves[1].std()  # ten times the rate; what all of them have in common matches L0
+
+
 def test_objective_l0_prices_latents(teachers, data, held_out):
     cheap, dear = (
         finetune(
