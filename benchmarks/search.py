@@ -152,24 +152,28 @@ CONTROL = {
     "control, lr 2e-3": Variation({"lr": 2e-3}),
     "control, lr 4e-3": Variation({"lr": 4e-3}),
 }
+GATE_RATES = {
+    f"{of}, gate rate {rate}": Variation({**CONTROL[of].change, "gate_lr": float(rate)})
+    for of, rates in {
+        "control": ("3e-3", "1e-2", "3e-2"),
+        "control, lr 2e-3": ("3e-3", "1e-2"),
+        "control, lr 4e-3": ("3e-3",),
+    }.items()
+    for rate in rates
+}
+"""What a JumpReLU control can vary besides: the rate of its thresholds, above that of a rational gate."""
 THRESHOLDS = {
     "control, bandwidth 0.2": Variation({"surrogate": Surrogate(bandwidth=0.2)}),
     "control, bandwidth 0.8": Variation({"surrogate": Surrogate(bandwidth=0.8)}),
     "control, bandwidth 1.2": Variation({"surrogate": Surrogate(bandwidth=1.2)}),
     "control, gate rate 3e-4": Variation({"gate_lr": 3e-4}),
-    **{f"control, gate rate {rate}": Variation({"gate_lr": float(rate)}) for rate in ("3e-3", "1e-2")},
-    **{
-        f"control, lr 2e-3, gate rate {rate}": Variation({"lr": 2e-3, "gate_lr": float(rate)})
-        for rate in ("3e-3", "1e-2")
-    },
-    "control, lr 4e-3, gate rate 3e-3": Variation({"lr": 4e-3, "gate_lr": 3e-3}),
-    "control, lr 5e-4, gate rate 1e-2": Variation({"lr": 5e-4, "gate_lr": 1e-2}),
+    **GATE_RATES,
     **{
         f"control, lr 2e-3, trained at {share:g} of the L0": Variation({"lr": 2e-3}, share=share)
         for share in (0.9, 0.8)
     },
 }
-"""What a JumpReLU control can vary besides: the window of its rectangle, the rate of its thresholds."""
+"""And the window of its rectangle, and an L0 that it is opened to at the end."""
 EDGE = {
     # Of the rectangle's variance, and cut off at three standard deviations
     "triangle, bandwidth 0.7": Variation({"surrogate": Surrogate(bandwidth=0.7)}, kernel=triangle),
@@ -239,8 +243,12 @@ VARIATIONS: dict[Cell, dict[str, Variation]] = {
     Cell(GEMMA, 9, "topk", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
     | WITHOUT
     | _rsae({"": Variation()}),
-    Cell(GEMMA, 9, "jumprelu", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
-    | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
+    **{
+        Cell(GEMMA, layer, "jumprelu", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
+        | GATE_RATES
+        | _rsae({name: (RATES | JUMPRELU)[name] for name in ("", "lr 2e-3", "lr 2e-3, strength 0.4")})
+        for layer in (3, 9, 14)
+    },
 }
 BEFORE = (
     "From the teacher of an earlier training loop. A TopK's had no auxiliary loss there, nor had its control, but for the one "
@@ -299,7 +307,7 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# The search: settings of control and RSAE", "",
         f"`python -m benchmarks.search`, {ran_on(rows)}. Made by the command from `search.json`.", "",
-        f"Middle layers, seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of EVIDENCE.md, at a rate of {LR:g}. "
+        f"Seed 0; {FINETUNE.steps} steps of {BATCH} from the teachers of EVIDENCE.md, at a rate of {LR:g}, of gates too. "
         f"Each row says how it differs from its arm's default. Measured on {TOKENS:,} tokens of validation documents, on which "
         "L0 is matched too; they are neither trained on nor evaluated in EVIDENCE.md, though of the sources evaluated there. "
         "Differences are from the control as it is, with the 95% interval of a bootstrap paired by document. One teacher and one "
