@@ -65,7 +65,7 @@ CHOSEN = _prose("""
     was searched too, on teachers of earlier versions of the loop, one seed each and by fewer tries than the recipe took
     ([SEARCH.md](SEARCH.md)). Both arms have the learning rate that the control was best with there, but for these. Gemma's TopK:
     its control is better by 0.27% of FVU at 2e-3 than at the 1e-3 that it has. A JumpReLU's own thresholds were too slow at the
-    rate of a rational gate, which all controls had at first: on Gemma that was half of what the RSAE was ahead by at layer 9, and
+    rate of a rational gate, which all controls had at first: on Gemma that was most of what the RSAE was ahead by at layer 9, and
     all of it at layer 3, where the control came out worse than its teacher. Of each of Gemma's layers the control has the best
     rates that were tried on validation documents (dev/LOG.md), for weights and thresholds, and the RSAE that of the weights and
     the default of its gate. SmolLM2's JumpReLU controls still have the rate of a gate, 1e-3, for their thresholds: 3e-4 is no
@@ -101,12 +101,13 @@ DIFFERS = _prose("""
     with it as many.
 """)
 NOT_HERE = _prose("""
-    **What is not here.** Teachers trained by BatchTopK, which SAELens runs as the JumpReLUs that they become. Parts apart,
-    identity and probing of the cells that do not stand under these heads below, Gemma's among them. Tables of the loss
-    recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained, on 20 M tokens or more: these
-    are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are brought into that
-    form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed at other sparsities
-    and layers. The model's loss is measured on a part of the tokens, for what it costs on two processors.
+    **What is not here.** Six of Gemma's JumpReLU cells, whose controls had slow thresholds: they stay in evidence.json, and are to
+    be measured again. More than one BatchTopK. A teacher of 16 K latents. Parts apart, identity and probing of the cells that do
+    not stand under these heads below, Gemma's among them. Tables of the loss recovered, KL and histograms, which are in
+    evidence.json alone. Teachers that others trained, on 20 M tokens or more: these are all our own, of 6, with decoder rows of
+    norm 1 and b_dec subtracted from the input (how others are brought into that form is tested on small data, and was seen on one
+    of these, rewritten: dev/LOG.md). More than one seed at other sparsities and layers. The model's loss is measured on a part of
+    the tokens, for what it costs on two processors.
 """)
 Cell = dict[str, Any]
 
