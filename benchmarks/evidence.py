@@ -90,7 +90,10 @@ FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, gate_lr=GATE_LR
 
 
 class Rates(NamedTuple):
-    """Learning rates with which a control is better than with FINETUNE's (results/SEARCH.md; Gemma's: dev/LOG.md)."""
+    """Learning rates with which a control is better than with FINETUNE's (results/SEARCH.md; Gemma's: dev/LOG.md).
+
+    Written out, as FINETUNE's are, so that cells stay what they are when the defaults of an upgrade change.
+    """
 
     lr: float
     """Of the weights, in all fine-tuned arms."""

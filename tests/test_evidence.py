@@ -70,7 +70,7 @@ def call(bench, monkeypatch, *arguments):
 
 
 def test_what_the_claims_stand_on():
-    """The control differs from the RSAE in what it starts from alone; L0 may differ by 1%; which cells there are."""
+    """Control and RSAE differ in what they start from, and by RATES; L0 may differ by 1%; which cells there are."""
     tables, bench = load("evidence_tables"), load("evidence")
     assert (bench.ARMS["control"], bench.ARMS["rsae"]) == (bench.Arm("teacher", {}), bench.Arm("init", {}))
     assert bench.L0_TOLERANCE == 0.01
