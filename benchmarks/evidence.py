@@ -32,6 +32,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ from rsae.cli import progress_shown
 from rsae.evaluate import COMPARISON_RULE, evaluate_runs
 from rsae.finetune import (
     GATE_LR,
+    JUMPRELU_EDGE,
     DenseTrainee,
     FinetuneConfig,
     GatedTrainee,
@@ -86,7 +88,9 @@ TEACHER = FinetuneConfig(
     surrogate=Surrogate("rectangle", bandwidth=0.8, strength=0.0, crowding=0.0), checkpoint_every=500,
 )  # fmt: skip
 """Written out, so that teachers stay what they are when the defaults of an upgrade change."""
-FINETUNE = FinetuneConfig(steps=1000, batch_size=BATCH, lr=1e-3, gate_lr=GATE_LR, checkpoint_every=500)
+FINETUNE = FinetuneConfig(
+    steps=1000, batch_size=BATCH, lr=1e-3, gate_lr=GATE_LR, surrogate=Surrogate(), checkpoint_every=500
+)
 
 
 class Rates(NamedTuple):
@@ -99,6 +103,8 @@ class Rates(NamedTuple):
     """Of the weights, in all fine-tuned arms."""
     control: float = GATE_LR
     """Of the control's own thresholds, alone."""
+    teacher: float = 3e-4
+    """Of the teacher's thresholds."""
 
 
 RATES: dict[tuple[str, int, str], Rates] = {
@@ -118,10 +124,11 @@ L0_TOLERANCE = 0.01
 
 
 class Arm(NamedTuple):
-    """An arm that is trained: what it starts from, and how it differs from FINETUNE."""
+    """An arm that is trained: what it starts from, and how it differs from FINETUNE and, at its edge, from the RSAE."""
 
     start: str
     change: dict[str, Any]
+    edge: Mapping[str, Any] = MappingProxyType({})
 
 
 NO_RATIONAL = ("scales", "shape")
@@ -130,11 +137,9 @@ ARMS: dict[str, Arm] = {
     "rsae": Arm("init", {}),
     "scale_only": Arm("scales", {"frozen": ("weights", "thresholds", "shape")}),
     "gate_only": Arm("init", {"frozen": ("weights",)}),
-    "threshold_rectangle": Arm(
-        "init", {"alpha": 0.0, "frozen": NO_RATIONAL, "surrogate": Surrogate("rectangle", strength=0.0)}
-    ),
+    "threshold_rectangle": Arm("init", {"alpha": 0.0, "frozen": NO_RATIONAL}, {"kind": "rectangle", "strength": 0.0}),
     "threshold_jump": Arm("init", {"alpha": 0.0, "frozen": NO_RATIONAL}),
-    "threshold_uncrowded": Arm("init", {"alpha": 0.0, "frozen": NO_RATIONAL, "surrogate": Surrogate(crowding=0.0)}),
+    "threshold_uncrowded": Arm("init", {"alpha": 0.0, "frozen": NO_RATIONAL}, {"crowding": 0.0, "sparing": 0.0}),
     "threshold_follow": Arm("init", {"frozen": NO_RATIONAL}),
     "paper": Arm("dense", {"objective": "l1", "penalty": PAPER_PENALTY}),
 }
@@ -203,6 +208,11 @@ def rates(cell: Cell) -> Rates:
     return RATES.get((cell.host, cell.layer, cell.family), Rates(FINETUNE.lr))
 
 
+def teaching(cell: Cell) -> FinetuneConfig:
+    """How the teacher of a cell is trained."""
+    return replace(TEACHER, gate_lr=rates(cell).teacher)
+
+
 def fine_tuning(cell: Cell) -> FinetuneConfig:
     """How the arms of a cell are fine-tuned, before `change` changes one."""
     return replace(FINETUNE, lr=rates(cell).lr)
@@ -210,8 +220,15 @@ def fine_tuning(cell: Cell) -> FinetuneConfig:
 
 def change(cell: Cell, arm: str) -> dict[str, Any]:
     """What an arm of a cell has otherwise than FINETUNE, but for the rate that all of them share."""
-    of_control = rates(cell).control
-    return ARMS[arm].change | ({"gate_lr": of_control} if arm == "control" and of_control != GATE_LR else {})
+    how, of_control = dict(ARMS[arm].change), rates(cell).control
+    if arm in ("control", "threshold_uncrowded") and of_control != GATE_LR:
+        how["gate_lr"] = of_control
+    edge = FINETUNE.surrogate
+    if arm != "control" and cell.family in ("jumprelu", "batchtopk"):
+        edge = JUMPRELU_EDGE
+    if (edge := replace(edge, **ARMS[arm].edge)) != FINETUNE.surrogate:
+        how["surrogate"] = edge
+    return how
 
 
 def start(kind: str, teacher: SAE[Any], data: Data, seed: int, degree: tuple[int, int] | None = None) -> SAE[Any]:
@@ -243,7 +260,7 @@ def trained(cell: Cell, data: Data, out: Path, progress: Progress | None) -> SAE
         elif read_json(record) != how:
             raise ValueError(f"{out} was trained otherwise: expected {how} in {record}. Move the cell's folder away")
         return load_teacher(out).sae
-    how = replace(TEACHER, target_l0=float(cell.l0), seed=cell.seed)
+    how = replace(teaching(cell), target_l0=float(cell.l0), seed=cell.seed)
     return pretrain(
         cell.family, data.train, how, d_sae=cell.expansion * data.train.d_in, held_out=data.validation, metadata=metadata,
         out=out, progress=progress,
@@ -368,7 +385,7 @@ def settings(cell: Cell) -> dict[str, Any]:
     data = asdict(DATA)
     del data["finetune"]
     return {
-        "text": TEXT, "teacher": BATCHTOPK if cell.family == "batchtopk" else asdict(TEACHER),
+        "text": TEXT, "teacher": BATCHTOPK if cell.family == "batchtopk" else asdict(teaching(cell)),
         "finetune": asdict(fine_tuning(cell)), "data": data,
         "arms": {name: setting_of_arm(name, cell) for name in MAIN},
     }  # fmt: skip

@@ -124,7 +124,10 @@ def test_rates_that_the_control_is_best_with():
     assert bench.fine_tuning(fast).lr == 2e-3
     assert bench.fine_tuning(plain) == bench.FINETUNE
     assert bench.change(fast, "control") == {"gate_lr": 3e-3}
-    assert bench.change(fast, "rsae") == bench.change(plain, "control") == {}
+    assert bench.change(fast, "rsae") == {"surrogate": JUMPRELU_EDGE}
+    assert bench.change(plain, "rsae") == bench.change(plain, "control") == {}
+    without_crowds = {"surrogate": replace(JUMPRELU_EDGE, crowding=0.0, sparing=0.0), "gate_lr": 3e-3}
+    assert bench.change(fast, "threshold_uncrowded") == bench.ARMS["threshold_uncrowded"].change | without_crowds
     assert bench.settings(fast)["arms"]["control"]["change"] == {"gate_lr": 3e-3}
     settings = {cell.setting: bench.settings(cell) for cell in (plain, replace(plain, layer=3), fast)}
     said = "0.002 and 0.003 for the control's thresholds: gemma3-270m layer-9 jumprelu"

@@ -280,25 +280,31 @@ class TestSurrogate:
         assert abs(h.grad[window].sum().item()) < 1e-9 * h.grad.abs().sum().item() + 1e-12
         assert bool((h.grad[~window] == 0).all())
 
-    def test_crowding_raises_the_price_of_latents_that_are_active_often(self):
-        """Entries with the same gain, of latents of two shares: the price differs by price * crowding * the difference in share."""
+    def test_weights_are_of_the_price(self):
+        """Entries with the same gain, of latents with two weights: the price differs by price * the difference."""
         theta, width = torch.full((8,), 0.5, dtype=DOUBLE), 0.25
-        share = torch.tensor([0.3, 0.01] * 4, dtype=DOUBLE)
+        weight = torch.tensor([7.0, 1.2] * 4, dtype=DOUBLE)
         h = torch.linspace(0.4, 0.6, 8, dtype=DOUBLE)
-        edges = {}
-        for crowding, price in ((0.0, None), (20.0, None), (20.0, 0.7)):
+
+        def edge(weight: torch.Tensor | None, price: float | None) -> torch.Tensor:
             h_ = h.clone().requires_grad_()
-            surrogate = Surrogate("rectangle", 0.5, 1.0, price, crowding)
-            z = hard_edge(torch.ones_like(h), h_, theta, h > theta, surrogate, share=share)
+            surrogate = Surrogate("rectangle", 0.5, 1.0, price)
+            z = hard_edge(torch.ones_like(h), h_, theta, h > theta, surrogate, weight=weight)
             (-2.0 * z).sum().backward()  # a gain of 2 for every latent that is on
-            edges[crowding, price] = h_.grad * width
-        assert edges[0.0, None].abs().max() < 1e-12  # all alike, and nothing to exchange
-        mean_weight = (1 + 20 * share).mean()
-        for (crowding, price), edge in edges.items():
-            if crowding:
-                paid = 2 / mean_weight if price is None else price
-                torch.testing.assert_close(edge, -2 + paid * (1 + crowding * share))
-        assert abs(edges[20.0, None].sum().item()) < 1e-12
+            return h_.grad * width
+
+        assert edge(None, None).abs().max() < 1e-12  # all alike, and nothing to exchange
+        torch.testing.assert_close(edge(weight, 0.7), -2 + 0.7 * weight)
+        torch.testing.assert_close(edge(weight, None), -2 + 2 * weight / weight.mean())
+        assert abs(edge(weight, None).sum().item()) < 1e-12
+
+    def test_crowding_raises_the_price_and_sparing_lowers_it(self):
+        share = torch.tensor([0.3, 0.01, 0.0, 0.0], dtype=DOUBLE)
+        often = torch.tensor([20.0, 1.0, 0.1, 0.0], dtype=DOUBLE)
+        crowded = 1 + 20 * share
+        torch.testing.assert_close(Surrogate(crowding=20.0).weights(share, often), crowded)
+        spared = torch.tensor([20 / 20.1, 1 / 1.1, 0.5, 0.0], dtype=DOUBLE)
+        torch.testing.assert_close(Surrogate(crowding=20.0, sparing=0.1).weights(share, often), crowded * spared)
 
     def test_needs_curvature(self):
         h = torch.ones(1)

@@ -22,7 +22,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -52,11 +52,15 @@ LOG_EVERY = 10
 # No gradient from its edge tells a JumpReLU's encoder that latents come on as it grows: its thresholds have to keep up. Within 1%
 # of the FVU of the best rate on each of three teachers (dev/LOG.md)
 GATE_LR, JUMPRELU_LR = 1e-3, 1e-2
+# The edge of an RSAE from a JumpReLU; from a TopK it gains a little, from a ReLU it does not (dev/LOG.md)
+JUMPRELU_EDGE = Surrogate(strength=0.4, crowding=160.0, sparing=0.1)
 NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is; a TopK's, which has none,
 # learns from what the active ones leave, by an auxiliary loss of this weight.
 SILENT_TOKENS = 100_000
 AUXILIARY = 1 / 32
+# How often a latent is active is a mean over about so many of the last tokens.
+RATE_TOKENS = 100_000
 # No log-threshold, in training units, goes below: a latent that nothing wakes, or an L0 out of reach, would take it where exp is 0.
 LOWEST = math.log(1e-6)
 # A b_dec with a coordinate so far from the activations' mean, in training units, is no centre for them.
@@ -92,8 +96,9 @@ class FinetuneConfig:
     """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
     alpha: float = 0.25
     """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate)."""
-    surrogate: Surrogate = field(default_factory=Surrogate)
-    """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field."""
+    surrogate: Surrogate | None = None
+    """The gradient at the edge of hard support. A JumpReLU always uses the rectangle, the standard of the field. None:
+    JUMPRELU_EDGE for an RSAE from a JumpReLU, Surrogate() for every other gate."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not train: "weights" (of encoder and decoder, with their biases), "thresholds", "scales" (C_in, C_out), "shape"
     (the rational's coefficients). With frozen thresholds L0 is not matched: it stays what the weights make of it."""
@@ -520,6 +525,8 @@ class ThresholdTrainee(SparseTrainee):
     """A threshold for each latent, trained through its logarithm. Amplitude: h itself (JumpReLU), or the rational of h."""
 
     silent: Tensor
+    rate: Tensor
+    seen: Tensor
 
     def __init__(
         self, sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
@@ -531,12 +538,15 @@ class ThresholdTrainee(SparseTrainee):
         theta = threshold.detach().float() / self.h_unit
         self.log_threshold = nn.Parameter(theta.clamp(min=1e-3).log())  # a JumpReLU may have some at 0
         # the field's standard for JumpReLU, and all that a first-order estimate can do; it never moves the encoder
+        assert config.surrogate is not None
         self.surrogate = config.surrogate
         if gate is None:
-            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0, crowding=0.0)
+            self.surrogate = replace(config.surrogate, kind="rectangle", strength=0.0, crowding=0.0, sparing=0.0)
         if config.objective == "l0":
             self.surrogate = replace(self.surrogate, price=config.penalty)
         self.register_buffer("silent", torch.zeros(len(theta)))  # tokens since a latent was last active
+        self.register_buffer("rate", torch.zeros(len(theta)))  # share of the tokens on which it is active
+        self.register_buffer("seen", torch.zeros(()))  # tokens
         self.l0_asked = max(1, round(config.target_l0 or 1))  # whole, as the gate's k
         self.k, self.alpha = (gate.k, gate.alpha) if gate is not None else (None, 0.0)
         self.amplitude = TrainableGate(gate, self.h_unit, mesh) if gate is not None else None
@@ -567,10 +577,22 @@ class ThresholdTrainee(SparseTrainee):
             surrogate = replace(surrogate, price=surrogate.price / entries.shape[0])
         on = h > threshold.detach()
         active, self.silent = self.see_active(on, entries, self.silent)
-        share = None
-        if surrogate.crowding:
-            share = (active / (entries.shape[0] * self.mesh.data.size) / self.l0_asked).index_select(0, entries.latents)
-        return hard_edge(amplitude, h, threshold, on, surrogate, curvature, share, self.mesh.total)
+        weight = None
+        if surrogate.crowding or surrogate.sparing:
+            n = entries.shape[0] * self.mesh.data.size
+            share = active / n / self.l0_asked
+            weight = surrogate.weights(share, self.often(active / n, n)).index_select(0, entries.latents)
+        return hard_edge(amplitude, h, threshold, on, surrogate, curvature, weight, self.mesh.total)
+
+    @torch.no_grad()
+    def often(self, rate: Float[Tensor, " d_sae"], n: int) -> Float[Tensor, " d_sae"]:
+        """How many times as often as the average latent each is active, given its rate in the n tokens at hand.
+
+        Averaged over batches, in which a rare latent comes once or not at all: the price is no linear function of it.
+        """
+        self.seen += n
+        self.rate.lerp_(rate, n / self.seen.clamp(max=max(n, RATE_TOKENS)))
+        return self.rate * (len(self.rate) * self.mesh.latents.size / self.l0_asked)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -687,7 +709,15 @@ def trainee_for(
     sae: SAE[Any], unit: float, config: FinetuneConfig, mesh: Mesh = ALONE, form: Form = AS_IT_IS
 ) -> Trainee:
     """The Trainee of an SAE."""
-    return kind_of(sae)(sae, unit, config, mesh, form)
+    return kind_of(sae)(sae, unit, settled(config, sae), mesh, form)
+
+
+def settled(config: FinetuneConfig, sae: SAE[Any]) -> FinetuneConfig:
+    """The config with what it leaves to the kind of SAE."""
+    is_from_jumprelu = isinstance(sae, RationalSAE) and sae.cfg.metadata.rsae_teacher_architecture == "jumprelu"
+    surrogate = config.surrogate or (JUMPRELU_EDGE if is_from_jumprelu else Surrogate())
+    rate = JUMPRELU_LR if sae.cfg.architecture() == "jumprelu" else GATE_LR
+    return replace(config, surrogate=surrogate, gate_lr=rate if config.gate_lr is None else config.gate_lr)
 
 
 def schedule(step: int, config: FinetuneConfig) -> float:
@@ -830,8 +860,7 @@ def finetune(
     check_mesh(sae, config, mesh, out)
     keep_pages()
     check_settings(sae, config)
-    if config.gate_lr is None:
-        config = replace(config, gate_lr=JUMPRELU_LR if sae.cfg.architecture() == "jumprelu" else GATE_LR)
+    config = settled(config, sae)
     inputs = {
         "loop": kind_of(sae).loop,
         "config": asdict(config),

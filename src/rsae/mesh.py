@@ -233,8 +233,8 @@ JOINING = ".joining"
 """Folder, in that of a run, in which its result is put together."""
 
 PER_LATENT = {
-    "W_enc", "W_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold", "log_threshold", "silent", "C_in", "C_out",
-    "log_C_in", "log_C_out",
+    "W_enc", "W_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold", "log_threshold", "silent", "rate", "C_in",
+    "C_out", "log_C_in", "log_C_out",
 }  # fmt: skip
 """Last parts of the names of tensors that have an entry for each latent, unless they are scalars."""
 

@@ -215,6 +215,14 @@ class Surrogate:
     crowding: float = 320.0
     """How fast a latent's price rises with its share s of all that is active: price (1 + crowding s). s is the latent's firing
     rate over L0, so that the same number is as strong at every L0."""
+    sparing: float = 0.0
+    """A latent that is active r times as often as the average one pays r / (r + sparing) of that: what is rarely active is not
+    driven out."""
+
+    def weights(self, share: Float[Tensor, "*n"], often: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """What latents pay, in units of the price, by their shares s of all that is active and by r: `crowding` and `sparing`."""
+        weights = 1 + self.crowding * share
+        return weights * (often / (often + self.sparing)) if self.sparing else weights
 
 
 class _HardEdge(torch.autograd.Function):
@@ -229,16 +237,16 @@ class _HardEdge(torch.autograd.Function):
         on: Tensor,
         surrogate: Surrogate,
         curvature: Tensor | None,
-        share: Tensor | None,
+        weight: Tensor | None,
         total: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(amplitude, h, threshold, on, curvature, share)
+        ctx.save_for_backward(amplitude, h, threshold, on, curvature, weight)
         ctx.surrogate, ctx.total = surrogate, total
         return torch.where(on, amplitude, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        amplitude, h, threshold, on, curvature, share = ctx.saved_tensors
+        amplitude, h, threshold, on, curvature, weight = ctx.saved_tensors
         (grad,) = grad_outputs
         surrogate: Surrogate = ctx.surrogate
         width = surrogate.bandwidth * threshold
@@ -247,7 +255,7 @@ class _HardEdge(torch.autograd.Function):
         if surrogate.kind == "jump-corrected":
             assert curvature is not None
             gain = gain + torch.where(on, -1.0, 1.0) * curvature * amplitude**2
-        weight = 1 if share is None else 1 + surrogate.crowding * share
+        weight = 1 if weight is None else weight
         price = surrogate.price
         if price is None:
             sums = torch.stack([(window * gain).sum(), (window * weight).sum()])
@@ -271,7 +279,7 @@ def hard_edge(
     on: Bool[Tensor, "*batch"],
     surrogate: Surrogate,
     curvature: Float[Tensor, "*#batch"] | None = None,
-    share: Float[Tensor, "*#batch"] | None = None,
+    weight: Float[Tensor, "*#batch"] | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Latents that are `amplitude` where `on` and exactly 0 elsewhere, with a surrogate gradient at the threshold.
@@ -293,24 +301,24 @@ def hard_edge(
                      = a g - a^2 ||w_j||^2 / B    where it is on          (g taken at z_j = a)
 
     "jump-corrected" uses this, with K the rectangle on [-1/2, 1/2]; "rectangle" keeps a g alone, the first-order estimate of
-    Rajamanoharan et al. (2024, arXiv:2407.14435). `price` is added to L_on - L_off: the cost of one more active latent. With
-    `crowding` c a latent that makes up the share s of all active ones costs price (1 + c s), so that few become dense.
+    Rajamanoharan et al. (2024, arXiv:2407.14435). `price`, times the entry's `weight`, is added to L_on - L_off: the cost of one
+    more active latent.
 
     Args:
         amplitude: phi(h) of every entry, active or not.
         h: pre-activations.
         threshold: positive where the edge is to learn; entries of threshold 0 get no gradient there.
         on: which latents are active. Usually h > threshold, but the caller decides.
-        surrogate: kind, bandwidth, strength, price, crowding.
+        surrogate: kind, bandwidth, strength, price.
         curvature: ||w_j||^2 / B, for "jump-corrected".
-        share: of all that is active, what an entry's latent makes up (its firing rate over L0), for `crowding`.
+        weight: of the price, what an entry's latent pays (`Surrogate.weights`); None: all pay alike.
         total: adds up what other processes have of the batch, where this is a part of it: the price is that of all.
     """
     if surrogate.kind == "jump-corrected" and curvature is None:
         raise ValueError(
             "the jump-corrected surrogate needs curvature = ||W_dec[j]||^2 / batch size; pass it, or use kind='rectangle'"
         )
-    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature, share, total)  # type: ignore[return-value]
+    return _HardEdge.apply(amplitude, h, threshold, on, surrogate, curvature, weight, total)  # type: ignore[return-value]
 
 
 class RationalGate(nn.Module):
@@ -481,7 +489,8 @@ class RationalGate(nn.Module):
             threshold = self.sample_threshold(h)
             active = on.to(h.dtype).view(-1, h.shape[-1]).sum(0)
             share = active / active.sum().clamp(min=1)
-            return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature, share)
+            weight = surrogate.weights(share, share * h.shape[-1])
+            return hard_edge(self.amplitude(h), h, threshold, on, surrogate, curvature, weight)
         index = on.nonzero(as_tuple=True)
         values = self.amplitude(h[index], _at(self.C_in, index[-1]), _at(self.C_out, index[-1]))
         return torch.zeros_like(h).index_put(index, values)
