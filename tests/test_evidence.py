@@ -12,6 +12,7 @@ from sae_lens import SAE
 from tiny_host import save_text, save_tiny
 
 from rsae.artefacts import read_json
+from rsae.finetune import JUMPRELU_EDGE
 from rsae.hosts import load_host
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
