@@ -110,7 +110,7 @@ RATES: dict[tuple[str, int, str], Rates] = {
     ("package:gemma3-270m", 3, "jumprelu"): Rates(4e-3, 3e-2),
     ("package:gemma3-270m", 9, "jumprelu"): Rates(2e-3, 3e-3),
     ("package:gemma3-270m", 9, "batchtopk"): Rates(2e-3, 3e-3),
-    ("package:gemma3-270m", 14, "jumprelu"): Rates(2e-3, 3e-3),
+    ("package:gemma3-270m", 14, "jumprelu"): Rates(4e-3, 3e-3),
 }
 """By host, layer and family."""
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
