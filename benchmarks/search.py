@@ -227,6 +227,20 @@ JUMPRELU = {
     f"lr 2e-3, {name}": replace(variation, change={"lr": 2e-3, **variation.change})
     for name, variation in AT_TWICE_THE_RATE.items()
 }
+SPARING = {
+    f"lr {lr}, strength 0.4, crowding {crowding:g}, sparing {sparing:g}": Variation(
+        {"lr": float(lr), "surrogate": replace(finetuning.JUMPRELU_EDGE, crowding=crowding, sparing=sparing)}
+    )
+    for lr, crowding, sparing in (
+        ("2e-3", 160.0, 0.0), ("2e-3", 64.0, 0.0), ("2e-3", 64.0, 0.1), ("2e-3", 160.0, 0.1), ("2e-3", 160.0, 0.03),
+        ("4e-3", 160.0, 0.1),
+    )
+}  # fmt: skip
+"""And what a rare latent pays: 160 and .1 are the recipe's."""
+FASTER = {
+    f"control, lr {lr}, gate rate {rate}": Variation({"lr": float(lr), "gate_lr": float(rate)})
+    for lr, rate in (("2e-3", "3e-2"), ("2e-3", "1e-1"), ("4e-3", "3e-2"), ("8e-3", "3e-3"), ("8e-3", "3e-2"))
+}
 WITHOUT = {"control, no auxiliary loss": Variation(auxiliary=0.0)}
 VARIATIONS: dict[Cell, dict[str, Variation]] = {
     Cell(SMOLLM2, 15, "relu", 32, 0): CONTROL | _rsae({name: RATES[name] for name in ("", "lr 2e-3")}),
@@ -246,7 +260,9 @@ VARIATIONS: dict[Cell, dict[str, Variation]] = {
     **{
         Cell(GEMMA, layer, "jumprelu", 32, 0): {name: CONTROL[name] for name in ("control", "control, lr 2e-3")}
         | GATE_RATES
+        | FASTER
         | _rsae({name: (RATES | JUMPRELU)[name] for name in ("", "lr 2e-3", "lr 2e-3, strength 0.4")})
+        | _rsae(SPARING)
         for layer in (3, 9, 14)
     },
 }

@@ -167,7 +167,7 @@ class TestGradients:
                 scales = getattr(sae.gate, name).detach() * (1 + 0.1 * torch.rand(D_SAE, generator=generator))
                 setattr(sae.gate, name, torch.nn.Parameter(scales))
             sae.sync_config()
-        surrogate = Surrogate(kind, 0.5, 0.3, None)
+        surrogate = Surrogate(kind, 0.5, 0.3, None, sparing=0.1)
         trainee = trainee_for(sae, 10.0, replace(SMALL, surrogate=surrogate, target_l0=float(L0)))
         reference = copy.deepcopy(sae.gate)
         reference.C_in.data /= 10
@@ -175,7 +175,8 @@ class TestGradients:
         reference.threshold.data /= 10
         curvature = trainee.norms.squeeze(1) ** 2 / 64
         # The loop takes a latent's share of the L0 that was asked for, the module alone of that of its batch
-        surrogate = replace(surrogate, crowding=surrogate.crowding * mean_l0(sae, [data.x[:64]]) / L0)
+        more = mean_l0(sae, [data.x[:64]]) / L0
+        surrogate = replace(surrogate, crowding=surrogate.crowding * more, sparing=surrogate.sparing / more)
         self.compare(trainee, data.x[:64] / 10, lambda h: reference(h, surrogate=surrogate, curvature=curvature))
         for name, theirs in (("num_relative", reference.num_relative), ("den_relative", reference.den_relative)):
             trainee.zero_grad()
@@ -467,6 +468,49 @@ def test_each_gate_has_its_own_rate_unless_one_is_asked_for(teachers, data, held
         moves.append((tuned.threshold / teachers["jumprelu"].threshold).log())
     assert torch.equal(moves[0], moves[2])
     assert moves[0].std() > 3 * moves[1].std()  # ten times the rate; what all of them have in common matches L0
+
+
+def test_the_edge_is_that_of_the_family_unless_one_is_asked_for(teachers):
+    """Rare latents are spared in an RSAE from a JumpReLU, however it is stored, and in no control."""
+    for family in ("relu", "jumprelu", "topk"):
+        edge = finetuning.JUMPRELU_EDGE if family == "jumprelu" else Surrogate()
+        sae = RationalSAE.from_teacher(teachers[family])
+        assert finetuning.settled(SMALL, sae).surrogate == edge
+        asked = replace(SMALL, surrogate=Surrogate(strength=0.1))
+        assert finetuning.settled(asked, sae).surrogate == asked.surrogate
+    control = trainee_for(teachers["jumprelu"], 10.0, replace(SMALL, surrogate=finetuning.JUMPRELU_EDGE))
+    assert control.surrogate == Surrogate("rectangle", strength=0.0, crowding=0.0)
+
+
+def test_how_often_a_latent_is_active_is_a_mean_over_the_last_tokens(teachers, monkeypatch):
+    monkeypatch.setattr(finetuning, "RATE_TOKENS", 400)
+    trainee = trainee_for(RationalSAE.from_teacher(teachers["jumprelu"]), 10.0, replace(SMALL, target_l0=float(L0)))
+    rates = torch.rand(5, D_SAE, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(D_SAE)
+    for i, rate in enumerate(rates):
+        n = 300 if i == 2 else 100  # batches of 100, 100 and 300 tokens, then two that are most of the memory
+        often = trainee.often(rate, n)
+        expected = expected + min(1.0, n / min(400, (100, 200, 500, 600, 700)[i])) * (rate - expected)
+        torch.testing.assert_close(often, expected * D_SAE / L0)
+    torch.testing.assert_close(trainee.often(rates[0], 1000), rates[0] * D_SAE / L0)  # more than it remembers
+
+
+def test_a_rare_latent_keeps_its_place(teachers, data):
+    """At an edge where little is to be gained, the price drives a latent out; one that was hardly ever active pays none."""
+    sae = RationalSAE.from_teacher(teachers["jumprelu"])
+    gradients = {}
+    for sparing in (0.0, 0.1):
+        how = replace(SMALL, target_l0=float(L0), surrogate=Surrogate(strength=0.4, price=1e3, sparing=sparing))
+        trainee = trainee_for(sae, 10.0, how)
+        trainee.rate.fill_(L0 / D_SAE)
+        trainee.rate[: D_SAE // 2] = 0
+        trainee.seen.fill_(1e9)
+        trainee(data.x[:64] / 10).loss.backward()
+        gradients[sparing] = -trainee.log_threshold.grad  # how they rise
+    rare, usual = slice(None, D_SAE // 2), slice(D_SAE // 2, None)
+    assert gradients[0.0][rare].mean() > 0
+    assert gradients[0.1][rare].mean() < 0.1 * gradients[0.0][rare].mean()
+    assert gradients[0.1][usual].mean() > 0.8 * gradients[0.0][usual].mean()
 
 
 def test_objective_l0_prices_latents(teachers, data, held_out):
