@@ -54,30 +54,30 @@ def _prose(text: str) -> str:
 
 
 CHOSEN = _prose("""
-    **What the settings were chosen on.** The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK and
-    JumpReLU, with seed 0: on validation documents of the sources that are evaluated here, but not blindly. Three of these cells
-    had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's delta-CE from a TopK; the
-    price on crowds and other settings of the edge were then found, on validation documents, to mend that. A loss at L0 64,
-    SmolLM2's JumpReLU, then showed that the price grew with L0: it was put into units of a latent's share of all that is active,
-    and tried on validation documents there. Seven other cells at L0 16 and 64 had been measured here by then, and spoke for that
-    change. At L0 32 it changes nothing (320/32 is the 10 of before): the settings of 18 cells were restated in the new unit, and
-    not measured again. All other cells are measured with a recipe that was not chosen on them, and are counted apart. The control
-    was searched too, on teachers of earlier versions of the loop, one seed each and by fewer tries than the recipe took
-    ([SEARCH.md](SEARCH.md)). Both arms have the learning rate that the control was best with there, but for these. Gemma's TopK:
-    its control is better by 0.27% of FVU at 2e-3 than at the 1e-3 that it has. A JumpReLU's own thresholds were too slow at the
-    rate of a rational gate, which all controls had at first: on Gemma that was most of what the RSAE was ahead by at layer 9, and
-    all of it at layer 3, where the control came out worse than its teacher. Of each of Gemma's layers the control has the rates,
-    for weights and thresholds, with which its FVU was lowest on validation documents (dev/LOG.md), and the RSAE that of the
-    weights and the default of its gate. At layers 3 and 14 they are the fastest that were tried, so that faster ones may be better
-    yet; at layer 3 that control has lost a seventh of its teacher's latents. Other seeds and sparsities, and the BatchTopK, have
-    layer 9's. The edge of an RSAE from a JumpReLU, and that it spares latents that are rarely active, was then found on validation
-    documents of Gemma's three layers, L0 32, seed 0, by some twenty tries: those cells and their other seeds count as chosen on.
-    JumpReLUs measured with the edge of before, all of SmolLM2's, are no longer here: their controls' thresholds had the rate of a
-    gate. The rates of ReLU and gated were not searched. A JumpReLU control on SmolLM2 that is trained at 0.9 or 0.8 of its L0, and
-    opened at the end, is better in delta-CE than one that is not, by .006 and .010 on validation documents; an RSAE that is trained
-    so gains as well, and stays ahead. Neither is done here.
-    SmolLM2's TopK control has 0.05% less FVU at 2e-3, within the interval. All cells of a host are measured on the same documents,
-    those that nothing was chosen on too.
+    **What the settings were chosen on.** The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK
+    and JumpReLU, with seed 0: on validation documents of the sources that are evaluated here, but not blindly. Three of these
+    cells had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's delta-CE from a
+    TopK; the price on crowds and other settings of the edge were then found, on validation documents, to mend that. A loss at
+    L0 64, SmolLM2's JumpReLU, then showed that the price grew with L0: it was put into units of a latent's share of all that is
+    active, and tried on validation documents there. Seven other cells at L0 16 and 64 had been measured here by then, and spoke
+    for that change. At L0 32 it changes nothing (320/32 is the 10 of before): the settings of 18 cells were restated in the new
+    unit, and not measured again. All other cells are measured with a recipe that was not chosen on them, and are counted apart.
+    The control was searched too, on teachers of earlier versions of the loop, one seed each and by fewer tries than the recipe
+    took ([SEARCH.md](SEARCH.md)). Both arms have the learning rate that the control was best with there, but for these. Gemma's
+    TopK: its control is better by 0.27% of FVU at 2e-3 than at the 1e-3 that it has. A JumpReLU's own thresholds were too slow
+    at the rate of a rational gate, which all controls had at first: on Gemma that was most of what the RSAE was ahead by at
+    layer 9, and all of it at layer 3, where the control came out worse than its teacher. Of each of Gemma's layers the control
+    has the rates, for weights and thresholds, with which its FVU was lowest on validation documents (dev/LOG.md), and the RSAE
+    that of the weights and the default of its gate. At layers 3 and 14 they are the fastest that were tried, so that faster
+    ones may be better yet; at layer 3 that control has lost a seventh of its teacher's latents. Other seeds and sparsities, and
+    the BatchTopK, have layer 9's. The edge of an RSAE from a JumpReLU, and that it spares latents that are rarely active, was
+    then found on validation documents of Gemma's three layers, L0 32, seed 0, by some twenty tries: those cells and their other
+    seeds count as chosen on. JumpReLUs measured with the edge of before, all of SmolLM2's among them, are no longer here: the
+    thresholds of nearly all their controls had the rate of a gate. The rates of ReLU and gated were not searched. A JumpReLU
+    control on SmolLM2 that is trained at 0.9 or 0.8 of its L0, and opened at the end, is better in delta-CE than one that is
+    not, by .006 and .010 on validation documents; an RSAE that is trained so gains as well, and stays ahead. Neither is done
+    here. SmolLM2's TopK control has 0.05% less FVU at 2e-3, within the interval. All cells of a host are measured on the same
+    documents, those that nothing was chosen on too.
 """)
 COVERS = _prose("""
     **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor that
@@ -87,28 +87,28 @@ COVERS = _prose("""
     -.060 [-.068, -.052], its control being .016 nats worse.
 """)
 DIFFERS = _prose("""
-    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU or gated control has
-    one of its own). From a ReLU or gated SAE: no l1 price, which its control keeps. From all: the jump-corrected gradient, a fifth
-    of which goes to the encoder (two fifths from a JumpReLU or BatchTopK; a rectangle's goes to thresholds alone), a price on
-    crowds (from these half as high, and next to nothing for latents that are rarely active), thresholds that follow the sample a
-    little, and the rational with its scales. The control of a JumpReLU has a rate of its own for its thresholds, where it was
-    searched. Latents that are silent are revived in all arms but a ReLU or gated control and those with frozen thresholds:
-    thresholds come down to them, and a TopK has its auxiliary loss. No
-    JumpReLU is taken apart with the recipe of now. With the one before, and beside controls whose thresholds were slow, what was
+    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU or gated control
+    has one of its own). From a ReLU or gated SAE: no l1 price, which its control keeps. From all: the jump-corrected gradient,
+    a fifth of which goes to the encoder (two fifths from a JumpReLU or BatchTopK; a rectangle's goes to thresholds alone), a
+    price on crowds (from these half as high, and next to nothing for latents that are rarely active), thresholds that follow
+    the sample a little, and the rational with its scales. The control of a JumpReLU has a rate of its own for its thresholds,
+    where it was searched. Latents that are silent are revived in all arms but a ReLU or gated control and those with frozen
+    thresholds: thresholds come down to them, and a TopK has its auxiliary loss. No JumpReLU is taken apart with the recipe of
+    now, so whose its gain is was not measured. With the one before, and beside controls whose thresholds were slow, what was
     won in FVU was the gradient's: on SmolLM2 the price on crowds cost 0.9%, the gradient gained 1.0%, the rational 0.6%
-    (dev/LOG.md); on Gemma an arm with that gradient alone, by a script on the first 57 K of these tokens, was 0.15% [0.05%, 0.24%]
-    ahead of the RSAE. Living latents are won from ReLU and gated controls, which have no revival, and dense ones from controls
-    without the price on crowds: presumably by these, since no arm isolates them. In the one ReLU cell that is taken apart the arms
-    with revival and without the rational have a little fewer alive than the control, and with it as many.
+    (dev/LOG.md); on Gemma an arm with that gradient alone, by a script on the first 57 K of these tokens, was 0.15% [0.05%,
+    0.24%] ahead of the RSAE. Living latents are won from ReLU and gated controls, which have no revival, and dense ones from
+    controls without the price on crowds: presumably by these, since no arm isolates them. In the one ReLU cell that is taken
+    apart the arms with revival and without the rational have a little fewer alive than the control, and with it as many.
 """)
 NOT_HERE = _prose("""
-    **What is not here.** JumpReLUs but for one or two on Gemma: those measured with the recipe of before stay in evidence.json, and
-    are to be measured again. SmolLM2's BatchTopK. A teacher of 16 K latents. Parts apart, identity and probing of the cells that do
-    not stand under these heads below, Gemma's among them. Tables of the loss recovered, KL and histograms, which are in
-    evidence.json alone. Teachers that others trained, on 20 M tokens or more: these are all our own, of 6, with decoder rows of
-    norm 1 and b_dec subtracted from the input (how others are brought into that form is tested on small data, and was seen on one
-    of these, rewritten: dev/LOG.md). More than one seed at other sparsities and layers. The model's loss is measured on a part of
-    the tokens, for what it costs on two processors.
+    **What is not here.** JumpReLUs but for Gemma's at layer 9, L0 32, seed 0, and Gemma's BatchTopK: those measured with the
+    recipe of before stay in evidence.json, and are to be measured again. SmolLM2's BatchTopK. A teacher of 16 K latents. Parts
+    apart, identity and probing of the cells that do not stand under these heads below, Gemma's among them. Tables of the loss
+    recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained, on 20 M tokens or more: these
+    are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are brought into that
+    form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed at other sparsities
+    and layers. The model's loss is measured on a part of the tokens, for what it costs on two processors.
 """)
 Cell = dict[str, Any]
 
@@ -122,7 +122,9 @@ def write_tables(evidence: dict[str, Any], out: Path) -> None:
         for cell in evidence["cells"]
         if cell["settings"] == current.get(of := setting_of(cell))
     ]
-    evidence = {**evidence, "cells": cells}
+    shown = {setting_of(cell) for cell in cells}
+    settings = {name: found for name, found in evidence["settings"].items() if name in shown or not shown}
+    evidence = {**evidence, "cells": cells, "settings": settings}
     write_page(out / "EVIDENCE.md", _page(evidence))
     for host in _hosts(cells):
         write_page(

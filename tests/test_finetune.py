@@ -25,7 +25,7 @@ from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
 from rsae.finetune import FinetuneConfig, Form, check_topk_l0, finetune, schedule, trainee_for
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
-from rsae.sae import RationalSAE, copied
+from rsae.sae import RationalSAE, copied, save_sae
 from rsae.sparse import Entries
 from rsae.teachers import load_teacher
 from rsae.teachers.checkpoint import build
@@ -470,11 +470,12 @@ def test_each_gate_has_its_own_rate_unless_one_is_asked_for(teachers, data, held
     assert moves[0].std() > 3 * moves[1].std()  # ten times the rate; what all of them have in common matches L0
 
 
-def test_the_edge_is_that_of_the_family_unless_one_is_asked_for(teachers):
-    """Rare latents are spared in an RSAE from a JumpReLU, however it is stored, and in no control."""
+def test_the_edge_is_that_of_the_family_unless_one_is_asked_for(teachers, tmp_path):
+    """Rare latents are spared in an RSAE from a JumpReLU, also after it was stored, and in no control."""
     for family in ("relu", "jumprelu", "topk"):
         edge = finetuning.JUMPRELU_EDGE if family == "jumprelu" else Surrogate()
-        sae = RationalSAE.from_teacher(teachers[family])
+        save_sae(RationalSAE.from_teacher(teachers[family]), tmp_path / family)
+        sae = load_teacher(tmp_path / family).sae
         assert finetuning.settled(SMALL, sae).surrogate == edge
         asked = replace(SMALL, surrogate=Surrogate(strength=0.1))
         assert finetuning.settled(asked, sae).surrogate == asked.surrogate

@@ -50,7 +50,7 @@ Part = Literal["weights", "thresholds", "scales", "shape"]
 
 LOG_EVERY = 10
 # No gradient from its edge tells a JumpReLU's encoder that latents come on as it grows: its thresholds have to keep up. Within 1%
-# of the FVU of the best rate on each of three teachers (dev/LOG.md)
+# of the FVU of their best rate on each of three teachers, at the default lr (dev/LOG.md)
 GATE_LR, JUMPRELU_LR = 1e-3, 1e-2
 # The edge of an RSAE from a JumpReLU; from a TopK it gains a little, from a ReLU it does not (dev/LOG.md)
 JUMPRELU_EDGE = Surrogate(strength=0.4, crowding=160.0, sparing=0.1)
@@ -586,9 +586,9 @@ class ThresholdTrainee(SparseTrainee):
 
     @torch.no_grad()
     def often(self, rate: Float[Tensor, " d_sae"], n: int) -> Float[Tensor, " d_sae"]:
-        """How many times as often as the average latent each is active, given its rate in the n tokens at hand.
+        """How many times as often as the average latent each is active; its rate in the n tokens at hand joins the mean.
 
-        Averaged over batches, in which a rare latent comes once or not at all: the price is no linear function of it.
+        A mean over batches, since a rare latent comes once or not at all in one, and the price is no linear function of it.
         """
         self.seen += n
         self.rate.lerp_(rate, n / self.seen.clamp(max=max(n, RATE_TOKENS)))
