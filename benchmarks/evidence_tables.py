@@ -102,13 +102,13 @@ DIFFERS = _prose("""
     apart the arms with revival and without the rational have a little fewer alive than the control, and with it as many.
 """)
 NOT_HERE = _prose("""
-    **What is not here.** JumpReLUs but for Gemma's at layer 9, L0 32, seed 0, and Gemma's BatchTopK: those measured with the
-    recipe of before stay in evidence.json, and are to be measured again. SmolLM2's BatchTopK. A teacher of 16 K latents. Parts
-    apart, identity and probing of the cells that do not stand under these heads below, Gemma's among them. Tables of the loss
-    recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained, on 20 M tokens or more: these
-    are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are brought into that
-    form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed at other sparsities
-    and layers. The model's loss is measured on a part of the tokens, for what it costs on two processors.
+    **What is not here.** All JumpReLUs but Gemma's at layer 9, L0 32, seed 0. BatchTopKs. (What was measured of both with the
+    recipe of before stays in evidence.json, and is to be measured again.) A teacher of 16 K latents. Parts apart, identity and
+    probing of the cells that do not stand under these heads below, Gemma's among them. Tables of the loss recovered, KL and
+    histograms, which are in evidence.json alone. Teachers that others trained, on 20 M tokens or more: these are all our own,
+    of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are brought into that form is tested on
+    small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed at other sparsities and layers. The
+    model's loss is measured on a part of the tokens, for what it costs on two processors.
 """)
 Cell = dict[str, Any]
 
