@@ -416,7 +416,7 @@ def gather(cell: Cell, progress: Progress | None, hooks: Iterable[str] = ()) -> 
     folders = {hook: RUNS / "acts" / short(cell.host) / hook for hook in dict.fromkeys([cell.hook, *hooks])}
     host = load_host(cell.host, dtype=torch.bfloat16)  # whatever the processor likes best: all cells alike
     host.activations = remembered(host, folders)
-    host.token_losses = with_ablations_remembered(host.token_losses)
+    host.token_losses = with_ablations_remembered(host, folders)
     with locked(RUNS / "acts" / short(cell.host)):
         return Data.gather_all(host, folders, TEXT, DATA, progress)[cell.hook]
 
@@ -449,14 +449,21 @@ def remembered(host: Host, folders: Mapping[str, Path]) -> Callable[[Tensor, str
     return activations
 
 
-def with_ablations_remembered(run: Callable[..., dict[str, TokenLosses]]) -> Callable[..., dict[str, TokenLosses]]:
-    """The same function, its ablations run once for the same tokens: zeros and the mean are those of the hook, not of an arm."""
-    kept: dict[tuple[str, bytes], dict[str, TokenLosses]] = {}
+def with_ablations_remembered(host: Host, folders: Mapping[str, Path]) -> Callable[..., dict[str, TokenLosses]]:
+    """`host.token_losses`, its ablations run once for the same tokens: zeros and the mean are those of the hook, not of an arm."""
+    run = host.token_losses
 
     def token_losses(tokens: Tensor, hook: str, edits: dict[str, Any]) -> dict[str, TokenLosses]:
-        known = kept.setdefault((hook, tokens.numpy().tobytes()), {})
+        ones = torch.ones(*tokens.shape, host.d_model)  # edited, they tell what is replaced, and by what
+        key = f"{host.fingerprint} {host.dtype} {tuple(tokens.shape)} ".encode() + tokens.numpy().tobytes()
+        files = {}
+        for name in {"zero", "mean"} & edits.keys():
+            digest = hashlib.sha256(key + edits[name](ones).numpy().tobytes()).hexdigest()[:16]
+            files[name] = folders[hook] / "evaluation" / f"{name}-{digest}.safetensors"
+        known = {name: TokenLosses(**load_file(file)) for name, file in files.items() if file.exists()}
         found = run(tokens, hook, {name: edit for name, edit in edits.items() if name not in known})
-        known |= {name: found[name] for name in ("zero", "mean") if name in found}
+        for name in files.keys() - known.keys():
+            write_safetensors(files[name], found[name]._asdict())
         return known | found
 
     return token_losses

@@ -382,26 +382,26 @@ def test_activations_are_read_once_for_all_hooks(bench, monkeypatch, tmp_path):
     assert asked == [hooks, hooks]
 
 
-def test_ablations_are_run_once_for_the_same_tokens(bench, tmp_path):
-    host = load_host(str(save_tiny(tmp_path / "again")), dtype=torch.float32)
-    asked = []
+def test_ablations_are_run_once_for_the_same_tokens(bench, monkeypatch, tmp_path):
+    host, asked = load_host(str(save_tiny(tmp_path / "again")), dtype=torch.float32), []
+    run, hook = host.token_losses, "blocks.1.hook_resid_post"
 
-    def run(tokens, hook, edits):
+    def token_losses(tokens, hook, edits):
         asked.append(set(edits))
-        return host.token_losses(tokens, hook, edits)
+        return run(tokens, hook, edits)
 
-    losses = bench.with_ablations_remembered(run)
-    hook, ablations = (
-        "blocks.1.hook_resid_post",
-        {"zero": torch.zeros_like, "mean": lambda x: x.mean((0, 1)).expand_as(x)},
-    )
-    for i, tokens in enumerate(
-        (torch.arange(24).view(2, 12), torch.arange(24).view(2, 12), torch.arange(24, 48).view(2, 12))
-    ):
-        edits = ablations | {"arm": lambda x, scale=1 - 0.1 * i: scale * x}
-        found, expected = losses(tokens, hook, edits), host.token_losses(tokens, hook, edits)
+    monkeypatch.setattr(host, "token_losses", token_losses)
+    first, second = torch.arange(24).view(2, 12), torch.arange(24, 48).view(2, 12)
+    for i, (tokens, mean) in enumerate([(first, 0.5), (first, 0.5), (second, 0.5), (first, 0.25)]):
+        losses = bench.with_ablations_remembered(host, {hook: tmp_path})  # another process finds them too
+        edits = {
+            "zero": torch.zeros_like,
+            "mean": lambda x, mean=mean: torch.full_like(x, mean),
+            "arm": lambda x, i=i: (1 - 0.1 * i) * x,
+        }
+        found, expected = losses(tokens, hook, edits), run(tokens, hook, edits)
         assert set(found) == set(expected)
         for name, (nll, kl) in expected.items():
             torch.testing.assert_close(found[name].nll, nll)
             torch.testing.assert_close(found[name].kl, kl)
-    assert asked == [{"zero", "mean", "arm"}, {"arm"}, {"zero", "mean", "arm"}]
+    assert asked == [{"zero", "mean", "arm"}, {"arm"}, {"zero", "mean", "arm"}, {"mean", "arm"}]
