@@ -115,3 +115,22 @@ def test_more_ranks_than_gpus(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match="rank 3 of this machine has no GPU, there are 2"):
         Ranks.current()
+
+
+@pytest.mark.parametrize(("local", "found"), [("1", 1), (None, 3)])
+def test_each_rank_takes_the_gpu_of_its_number_on_the_machine(monkeypatch, local, found) -> None:
+    settings = {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": local, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in settings.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    taken = []
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+
+    def joined(*args, **kwargs):
+        raise InterruptedError
+
+    monkeypatch.setattr("torch.distributed.init_process_group", joined)
+    with pytest.raises(InterruptedError):
+        Ranks.current()
+    assert taken == [found]

@@ -51,7 +51,9 @@ class Ranks(NamedTuple):
                 return cls()
             backend = "gloo"
             if torch.cuda.is_available():
-                local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+                found = torch.cuda.device_count()
+                # Other launchers than torchrun name no LOCAL_RANK; they fill a machine before the next
+                local = int(os.environ.get("LOCAL_RANK", int(os.environ["RANK"]) % max(1, found)))
                 if local >= found:
                     raise ValueError(
                         f"rank {local} of this machine has no GPU, there are {found}: start at most {found} processes, or hide "
