@@ -532,10 +532,12 @@ def _other_rates(evidence: dict[str, Any]) -> str:
     """The learning rates that are not those of most teachers, in words."""
     by_rate: dict[str, list[str]] = {}
     for name, found in evidence["settings"].items():
-        of_control = found["arms"]["control"]["change"].get("gate_lr")
-        rate = f"{found['finetune']['lr']:g}" + (
-            f" and {of_control:g} for the control's thresholds" if of_control else ""
-        )
+        arms = {arm: found["arms"][arm]["change"] for arm in ("control", "rsae")}
+        rate = f"{found['finetune']['lr']:g}"
+        if of_control := arms["control"].get("gate_lr"):
+            rate += f" and {of_control:g} for the control's thresholds"
+        if of_rsae := arms["rsae"].get("lr"):
+            rate += f", {of_rsae:g} in the RSAE"
         by_rate.setdefault(rate, []).append(name)
     of_most = max(by_rate, key=lambda rate: len(by_rate[rate]))
     return "; ".join(f"{rate}: {', '.join(names)}" for rate, names in by_rate.items() if rate != of_most)
