@@ -233,10 +233,15 @@ SPARING = {
     )
     for lr, crowding, sparing in (
         ("2e-3", 160.0, 0.0), ("2e-3", 64.0, 0.0), ("2e-3", 64.0, 0.1), ("2e-3", 160.0, 0.1), ("2e-3", 160.0, 0.03),
-        ("4e-3", 160.0, 0.1),
+        ("2e-3", 32.0, 0.1), ("4e-3", 160.0, 0.1), ("4e-3", 32.0, 0.1),
     )
 }  # fmt: skip
 """And what a rare latent pays: 160 and .1 are the recipe's."""
+RECTANGLE = replace(finetuning.JUMPRELU_EDGE, kind="rectangle", crowding=0.0)
+FIRST_ORDER = {
+    f"lr {lr}, rectangle, strength 0.4, crowding 0, sparing 0.1": Variation({"lr": float(lr), "surrogate": RECTANGLE})
+    for lr in ("2e-3", "4e-3")
+}
 FASTER = {
     f"control, lr {lr}, gate rate {rate}": Variation({"lr": float(lr), "gate_lr": float(rate)})
     for lr, rate in (("2e-3", "3e-2"), ("2e-3", "1e-1"), ("4e-3", "3e-2"), ("8e-3", "3e-3"), ("8e-3", "3e-2"))
@@ -262,7 +267,7 @@ VARIATIONS: dict[Cell, dict[str, Variation]] = {
         | GATE_RATES
         | FASTER
         | _rsae({name: (RATES | JUMPRELU)[name] for name in ("", "lr 2e-3", "lr 2e-3, strength 0.4")})
-        | _rsae(SPARING)
+        | _rsae(SPARING | FIRST_ORDER)
         for layer in (3, 9, 14)
     },
 }
