@@ -167,6 +167,17 @@ def test_gate_curves_draw_the_gates(family, x):
     assert sum(curves["pre_acts"]["counts"]) == 500 * 40
 
 
+@pytest.mark.parametrize("family", ["jumprelu", "topk"])
+def test_gate_curves_of_an_rsae_that_is_the_teacher(make_teacher, family, x):
+    """It is drawn in the same unit as the SAE that it was made from."""
+    teacher = make_teacher(family)
+    sae = RationalSAE.from_teacher(teacher)
+    found, expected = (gate_curves({"teacher": each, "rsae": sae}, x) for each in (sae, teacher))
+    assert found["x_label"] == expected["x_label"]
+    assert found["pre_acts"] == expected["pre_acts"]
+    assert found["arms"]["rsae"] == expected["arms"]["rsae"]
+
+
 def test_gate_curves_draw_a_dense_gate_where_samples_have_it(make_teacher, x):
     """With k its scales are multiplied by the sample's own threshold: the jump stands at 1, and 2 comes out as 2."""
     teacher = make_teacher("topk")

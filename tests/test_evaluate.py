@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsae.evaluate import evaluate, evaluate_runs, exclusions
+from rsae.evaluate import counted, evaluate, evaluate_runs, exclusions
 from rsae.harvest import SinkRule
 from rsae.text import Contexts
 
@@ -192,6 +192,14 @@ def test_differences_and_verdict(host: CausalMean, contexts: Contexts, stats: Si
     delta = result["rsae_minus_control"]["delta_ce"][0]
     assert delta == pytest.approx(result["rsae"]["delta_ce"] - result["control"]["delta_ce"])
     assert set(result["verdict"]) == {"fvu", "delta_ce", "alive", "dense"}
+    assert abs(result["rsae"]["l0"] / result["control"]["l0"] - 1) > 0.01
+    assert set(result["verdict"].values()) == {"unmatched"}
+    alike = evaluate(arms | {"control": TinySAE(2)}, host, HOOK, contexts, store_stats=stats)
+    assert set(alike["verdict"].values()) == {"tie"}
+
+
+def test_nan_is_found_whatever_is_counted() -> None:
+    assert counted(torch.tensor([[0.2, torch.nan, -0.7]]), 0.5).isnan().tolist() == [[False, True, False]]
 
 
 def test_a_perfect_reconstruction_costs_nothing(host: CausalMean, contexts: Contexts, stats: SinkRule) -> None:

@@ -23,6 +23,7 @@ from rsae import finetune as finetuning
 from rsae import sparse
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
 from rsae.finetune import FinetuneConfig, Form, check_topk_l0, finetune, schedule, trainee_for
+from rsae.metrics import NotFinite
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE, copied, save_sae
@@ -440,6 +441,28 @@ def test_a_finished_run_is_loaded_and_not_run_again(teachers, data, held_out, tm
     )
     assert calls == []
     assert torch.equal(again.W_dec, first.W_dec)
+
+
+def test_what_is_returned_is_what_was_stored(teachers, data, held_out, tmp_path):
+    """A run that starts from the result of another goes on when it is called again: the other is then read from its folder."""
+    start = RationalSAE.from_teacher(teachers["jumprelu"])
+    returned = finetune(start, data, SMALL, held_out=held_out, out=tmp_path / "first")
+    read = finetune(start, data, SMALL, held_out=held_out, out=tmp_path / "first")
+    assert not torch.equal(returned.gate.num_fit, start.gate.num_fit)  # the shape was trained
+    for (name, ours), theirs in zip(returned.state_dict().items(), read.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    finetune(returned, data, SMALL, held_out=held_out, out=tmp_path / "second")
+    finetune(read, data, SMALL, held_out=held_out, out=tmp_path / "second")
+
+
+@pytest.mark.parametrize("n_broken", [2, L0 + 4])
+def test_latents_that_are_nan_end_a_run_with_the_reason(teachers, data, held_out, n_broken):
+    """nan is never above a threshold, so that no loss is nan; matching L0 must not look for its rank for ever."""
+    broken = copied(teachers["jumprelu"])
+    with torch.no_grad():
+        broken.W_enc[:, :n_broken] = torch.nan
+    with pytest.raises(NotFinite, match="nan"):
+        finetune(broken, data, replace(SMALL, target_l0=float(L0)), held_out=held_out)
 
 
 def test_another_run_in_the_folder_is_refused_and_kept(teachers, data, held_out, tmp_path):

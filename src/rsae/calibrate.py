@@ -14,6 +14,7 @@ from scipy.optimize import brentq, least_squares
 from torch import Tensor
 
 from rsae.mesh import ALONE, Mesh
+from rsae.metrics import NotFinite
 from rsae.rational import RationalGate, sample_scale
 from rsae.sae import THETA, RationalSAE, as_jumprelu, copied, without_rescaling
 
@@ -291,8 +292,9 @@ def _least_squares(
 def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points: int = 401) -> dict[str, Any]:
     """The gate of each arm on a grid, over the histogram of the teacher's pre-activations: what gate.json holds.
 
-    The unit of both axes is the teacher's threshold (the median over latents; for TopK the calibrated one; for a ReLU, which has
-    none, the median active pre-activation). Gates with scales for each latent are drawn at their median latent.
+    The unit of both axes is the teacher's threshold (the median over latents; for TopK, and an RSAE whose thresholds follow the
+    sample as fully, the calibrated one; for a ReLU, which has none, the median active pre-activation). Gates with scales for each
+    latent are drawn at their median latent.
     """
     teacher = arms["teacher"]
     if teacher.cfg.architecture() == "gated":
@@ -300,11 +302,12 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
     teacher = _as_it_selects(teacher)
     h = pre_acts(teacher, x)
     family = teacher.cfg.architecture()
-    thresholds = teacher.state_dict().get("threshold", h.new_zeros(1))
-    if family == "jumprelu" and bool((thresholds > 0).any()):
+    thresholds = teacher.state_dict().get("gate.threshold" if family == "rational" else "threshold", h.new_zeros(1))
+    if family == "topk" or (family == "rational" and teacher.gate.support == "hard" and teacher.gate.alpha == 1):
+        unit = calibrate_threshold(teacher, [x], mean_l0(teacher, [x]))
+        label = "pre-activation / k-th largest of a typical sample"
+    elif bool((thresholds > 0).any()):
         unit, label = float(thresholds[thresholds > 0].median()), "pre-activation / median threshold of the teacher"
-    elif family == "topk":
-        unit, label = calibrate_threshold(teacher, [x]), "pre-activation / k-th largest of a typical sample"
     else:
         unit, label = float(h[h > 0].median()), "pre-activation / median active one of the teacher"
     grid = torch.linspace(-2, 8, points)
@@ -348,6 +351,7 @@ def _edge(
     """The number that, on average over all rows, `l0` of the values of a row are above.
 
     Raises:
+        NotFinite: nan among the values.
         ValueError: no rows; in one batch four times as many are above it as on average, and the batches cannot be read twice.
     """
     room = 4
@@ -369,6 +373,8 @@ def _edge(
             )
         _require(rows)
         edge = _value_at_rank(torch.cat(largest), round(l0 * rows))
+        if math.isnan(edge):
+            raise NotFinite("nan among the pre-activations: an SAE that is not finite has no threshold for an L0")
         if edge >= seen_to:
             return edge
         room *= 8  # a stretch of code or of tables among prose

@@ -696,8 +696,11 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
     if "verdict" in metrics:
         ours, theirs = metrics["rsae"]["l0"], metrics["control"]["l0"]
         if theirs and abs(ours / theirs - 1) > MATCHED:
-            console.print(f"L0 is not matched ({ours:.2f} and {theirs:.2f}): the verdict is not on equal terms")
-        console.print("verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items()))
+            console.print(f"no verdict against the control: L0 is not matched ({ours:.2f} and {theirs:.2f})")
+        else:
+            console.print(
+                "verdict against the control: " + ", ".join(f"{k} {v}" for k, v in metrics["verdict"].items())
+            )
 
 
 def _print_identity(found: dict[str, Any]) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor
 from rsae.artefacts import Progress, provenance, read_json, write_json
 from rsae.cpu import keep_pages
 from rsae.harvest import SinkRule
-from rsae.metrics import ArmSums, LossMetrics, NotFinite, ReconstructionMetrics, paired_difference, verdict
+from rsae.metrics import MATCHED, ArmSums, LossMetrics, NotFinite, ReconstructionMetrics, paired_difference, verdict
 from rsae.text import Contexts
 
 COMPARISON_RULE = (
     "a_minus_b: [difference, low, high], the 95% interval of a bootstrap paired by document; fvu is "
     "relative to the other's, delta_ce in nats per token; the verdict (on the control) is a tie where the interval "
-    "holds 0, and for alive and dense within 0.1 percentage point"
+    "holds 0, and for alive and dense within 0.1 percentage point; unmatched where their L0 differ by more than 1%"
 )
 _LATENTS = 1 << 23  # latents of the tokens that are encoded together
 _VARIANTS = 16  # contexts that the host's later layers run at once, counting one for each arm
@@ -35,7 +35,7 @@ _RESERVED = {"clean", "zero", "mean", "schema", "config", "provenance", "exclude
 def counted(latents: Float[Tensor, "n d_sae"], eps: float) -> Float[Tensor, "n d_sae"]:
     """Latents, those of at most `eps` in size set to 0: what is measured of a dense gate. (SAELens' TopK can return COO.)"""
     latents = latents.to_dense() if latents.is_sparse else latents
-    return torch.where(latents.abs() > eps, latents, 0) if eps > 0 else latents
+    return torch.where(latents.abs() <= eps, 0, latents) if eps > 0 else latents  # nan stays, to be found
 
 
 def counting_thresholds_of(run: Path, arms: Mapping[str, Any]) -> dict[str, float]:
@@ -193,7 +193,8 @@ def evaluate(
 
     Returns:
         What metrics.json holds: schema, config, provenance, the rules in words, the shares excluded, sources; the
-        metrics by arm; "rsae_minus_control", "rsae_minus_teacher" (`paired_difference`); "verdict" of rsae on control.
+        metrics by arm; "rsae_minus_control", "rsae_minus_teacher" (`paired_difference`); "verdict" of rsae on control ("unmatched"
+        throughout where their L0 differ by more than MATCHED).
 
     Raises:
         ValueError: an arm whose d_in is not the host's d_model; nan or inf in the activations, or in the latents or
@@ -365,7 +366,10 @@ def _comparisons(
         ours, theirs = (ArmSums(reconstruction[arm].document_sums(), losses[arm].document_sums()) for arm in pair)
         comparisons["_minus_".join(pair)] = paired_difference(ours, theirs)
     if "rsae_minus_control" in comparisons:
-        comparisons["verdict"] = verdict(comparisons["rsae_minus_control"], result["rsae"], result["control"])
+        found = verdict(comparisons["rsae_minus_control"], result["rsae"], result["control"])
+        ours, theirs = (result[arm]["l0"] for arm in ("rsae", "control"))
+        is_matched = abs(ours - theirs) <= MATCHED * theirs
+        comparisons["verdict"] = found if is_matched else dict.fromkeys(found, "unmatched")
     return comparisons
 
 

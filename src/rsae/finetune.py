@@ -93,7 +93,8 @@ class FinetuneConfig:
     target_l0: float | None = None
     """For matched-l0; None: the L0 that the SAE has when it comes."""
     penalty: float | None = None
-    """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in)."""
+    """Price of a unit of L0 or of l1, in units of the squared error per token (whose total is about d_in). Of L0 each latent of an
+    RSAE pays what its `surrogate` weighs it by; the loss in the log is without it."""
     alpha: float = 0.25
     """How far the thresholds of a rational gate with hard support follow the sample: theta_j s(x)^alpha (see RationalGate)."""
     surrogate: Surrogate | None = None
@@ -609,7 +610,7 @@ class ThresholdTrainee(SparseTrainee):
         self.log_threshold.data.add_(step.clamp(-0.1, 0.1)).clamp_(min=LOWEST)
 
     def state_of_gate(self) -> dict[str, float]:
-        return {"median_threshold": self.log_threshold.detach().exp().median().item() * self.h_unit}
+        return {"median_threshold": self.mesh.whole(self.log_threshold.detach()).exp().median().item() * self.h_unit}
 
     def write_gate(self, sae: SAE[Any]) -> None:
         threshold = self.log_threshold.exp() * self.h_unit if self.log_threshold.requires_grad else None
@@ -681,6 +682,7 @@ class TrainableGate(nn.Module):
         """Put the gate, in the host's units, into a RationalSAE."""
         assert isinstance(sae, RationalSAE)
         sae.gate = copy.deepcopy(self.gate).requires_grad_(True)
+        sae.gate.rebase()
         sae.gate.C_in = nn.Parameter(self.log_C_in.exp() * self.unit)
         sae.gate.C_out = nn.Parameter(self.log_C_out.exp() * self.unit)
         if threshold is not None:

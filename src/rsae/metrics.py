@@ -18,6 +18,8 @@ DENSE_SHARE = 0.1
 """A latent is dense when it fires on more than this share of the tokens."""
 TIE_SHARE = 0.001
 """Shares of latents (alive, dense) within 0.1 percentage point of each other are a tie."""
+MATCHED = 0.01
+"""Two arms are at the same sparsity when their L0 differ by no more than this share."""
 RESOLUTION = 1e-6
 """Float32 rounding of a reconstruction: an interval that comes this close to 0 holds 0."""
 _ROWS = 2048  # rows of latents looked at together: bounds the scratch memory

@@ -426,6 +426,13 @@ class RationalGate(nn.Module):
                     f"a rational of degree {self.degree} exceeds float32 at the ends of its interval: choose a lower one"
                 )
 
+    @torch.no_grad()
+    def rebase(self) -> None:
+        """Take the coefficients as trained for the fit that training is relative to, as they are when read from disk."""
+        for fit, relative in ((self.num_fit, self.num_relative), (self.den_fit, self.den_relative)):
+            fit += _unit(fit) * relative
+            relative.zero_()
+
     @property
     def degree(self) -> tuple[int, int]:
         """(p, q)."""
