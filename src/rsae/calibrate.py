@@ -302,8 +302,9 @@ def gate_curves(arms: Mapping[str, SAE[Any]], x: Float[Tensor, "n d_in"], points
     teacher = _as_it_selects(teacher)
     h = pre_acts(teacher, x)
     family = teacher.cfg.architecture()
-    thresholds = teacher.state_dict().get("gate.threshold" if family == "rational" else "threshold", h.new_zeros(1))
-    if family == "topk" or (family == "rational" and teacher.gate.support == "hard" and teacher.gate.alpha == 1):
+    own = teacher.gate if isinstance(teacher, RationalSAE) else None
+    thresholds = teacher.state_dict().get("threshold" if own is None else "gate.threshold", h.new_zeros(1))
+    if family == "topk" or (own is not None and own.support == "hard" and own.alpha == 1):
         unit = calibrate_threshold(teacher, [x], mean_l0(teacher, [x]))
         label = "pre-activation / k-th largest of a typical sample"
     elif bool((thresholds > 0).any()):
