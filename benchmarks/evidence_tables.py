@@ -69,15 +69,15 @@ CHOSEN = _prose("""
     layer 9, and all of it at layer 3, where the control came out worse than its teacher. Of each of Gemma's layers the control
     has the rates, for weights and thresholds, with which its FVU was lowest on validation documents (dev/LOG.md), and the RSAE
     that of the weights and the default of its gate, but for layer 14, where each has the rate that it is best with. At layer 3
-    they are the fastest that were tried, so that faster ones may be better yet, and the control has lost a seventh of its
-    teacher's latents. Other seeds and sparsities, and the BatchTopK, have layer 9's. The edge of an RSAE from a JumpReLU, and
-    that it spares latents that are rarely active, was then found on validation documents of Gemma's three layers, L0 32, seed
-    0, by some twenty tries: those cells and their other seeds count as chosen on. JumpReLUs measured with the edge of before,
-    all of SmolLM2's among them, are no longer here: the thresholds of nearly all their controls had the rate of a gate. The
-    rates of ReLU and gated were not searched. A JumpReLU control on SmolLM2 that is trained at 0.9 or 0.8 of its L0, and opened
-    at the end, is better in delta-CE than one that is not, by .006 and .010 on validation documents; an RSAE that is trained so
-    gains as well, and stays ahead. Neither is done here. SmolLM2's TopK control has 0.05% less FVU at 2e-3, within the
-    interval. All cells of a host are measured on the same documents, those that nothing was chosen on too.
+    they are the fastest that were tried, so that faster ones may be better yet, and the control has lost a tenth of its
+    teacher's latents, as this text has them. Other seeds and sparsities, and the BatchTopK, have layer 9's. The edge of an RSAE
+    from a JumpReLU, and that it spares latents that are rarely active, was then found on validation documents of Gemma's three
+    layers, L0 32, seed 0, by some twenty tries: those cells and their other seeds count as chosen on. JumpReLUs measured with
+    the edge of before, all of SmolLM2's among them, are no longer here: the thresholds of nearly all their controls had the
+    rate of a gate. The rates of ReLU and gated were not searched. A JumpReLU control on SmolLM2 that is trained at 0.9 or 0.8
+    of its L0, and opened at the end, is better in delta-CE than one that is not, by .006 and .010 on validation documents; an
+    RSAE that is trained so gains as well, and stays ahead. Neither is done here. SmolLM2's TopK control has 0.05% less FVU at
+    2e-3, within the interval. All cells of a host are measured on the same documents, those that nothing was chosen on too.
 """)
 COVERS = _prose("""
     **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor that
@@ -102,14 +102,13 @@ DIFFERS = _prose("""
     apart the arms with revival and without the rational have a little fewer alive than the control, and with it as many.
 """)
 NOT_HERE = _prose("""
-    **What is not here.** SmolLM2's JumpReLUs and BatchTopK; Gemma's JumpReLUs of layer 9 at L0 16 and 64 and with seed 2, and
-    that of layer 3. (What was measured of most with the recipe of before stays in evidence.json, and is to be measured again.)
-    A teacher of 16 K latents. Parts apart, identity and probing of the cells that do not stand under these heads below, Gemma's
-    among them. Tables of the loss recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained,
-    on 20 M tokens or more: these are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how
-    others are brought into that form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than
-    one seed at other sparsities and layers. The model's loss is measured on a part of the tokens, for what it costs on two
-    processors.
+    **What is not here.** SmolLM2's JumpReLUs and BatchTopK; Gemma's JumpReLUs of layer 9 at L0 16 and 64 and with seed 2. (What
+    was measured of most with the recipe of before stays in evidence.json, and is to be measured again.) A teacher of 16 K
+    latents. Parts apart, identity and probing of the cells that do not stand under these heads below, Gemma's among them.
+    Tables of the loss recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained, on 20 M
+    tokens or more: these are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are
+    brought into that form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed at
+    other sparsities and layers. The model's loss is measured on a part of the tokens, for what it costs on two processors.
 """)
 Cell = dict[str, Any]
 
