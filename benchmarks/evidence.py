@@ -60,7 +60,7 @@ from rsae.finetune import (
 )
 from rsae.hosts import Host, TokenLosses, load_host
 from rsae.identity import identity
-from rsae.metrics import NotFinite
+from rsae.metrics import MATCHED, NotFinite
 from rsae.pipeline import PAPER_PENALTY, Data, UpgradeConfig
 from rsae.pretrain import pretrain
 from rsae.probing import QUICK, probe
@@ -119,7 +119,7 @@ DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluatio
 """220,000 tokens of text leave more than 200,000 that are measured. How it would fine-tune is not used: FINETUNE is."""
 IDENTITY = 160
 """Contexts that latents are compared on, index by index, in cells with all arms: about 40,000 tokens."""
-L0_TOLERANCE = 0.01
+L0_TOLERANCE = MATCHED
 """A cell has failed whose teacher, control and RSAE end further apart than this in L0, on the tokens they are compared on."""
 
 

@@ -57,6 +57,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(bench, "L0_TOLERANCE", 1.0)
+    monkeypatch.setattr("rsae.evaluate.MATCHED", 1.0)
     (tmp_path / "README.md").write_text(
         f"# Title\n\n{sys.modules['benchmarks.evidence_tables'].MARKS[0]}\nold\n"
         f"{sys.modules['benchmarks.evidence_tables'].MARKS[1]}\nafter\n"
