@@ -323,7 +323,7 @@ def test_what_the_hub_says_of_a_gated_host_is_passed_on(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nAsk at https://hub/org/model.\n401 Client Error.")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     with pytest.raises(ValueError, match=r"gated repo\. Ask at https://hub/org/model\. 401 .*`hf auth login`"):
         load_host("org/model")
 
@@ -396,3 +396,13 @@ def test_packaged_models_speak_english(spec, layers, width) -> None:
     prompt = torch.cat([bos, question], 1)
     likely = host.model(prompt).logits[0, -1].topk(5).indices  # Gemma's first is "the", as in "the capital of ..."
     assert "Paris" in [host.tokenizer.decode(token).strip() for token in likely]
+
+
+def test_capped_attention_is_capped_whatever_transformers_prefers(tmp_path, monkeypatch):
+    """Versions that chose sdpa for Gemma 2 ran it without its cap."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    host = load_host(str(save_tiny(tmp_path / "gemma2", "gemma2")), dtype=torch.float32)
+    assert host.text_config.attn_logit_softcapping
+    assert host.model.config.get_text_config()._attn_implementation == "eager"

@@ -304,7 +304,7 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
     Raises:
         ValueError: unknown model, missing package or missing tokenizer; the message says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" and not prefers_bfloat16() else torch.bfloat16)
@@ -313,7 +313,11 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
         path, fingerprint = _packaged(path)
     try:
         with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            config = AutoConfig.from_pretrained(path)
+            # Gemma 2 caps its attention's logits, which other implementations left out in silence before transformers 5.23
+            is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+            how = {"attn_implementation": "eager"} if is_capped else {}
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **how)
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {spec!r} cannot be read ({error}): cut short, or pointers of git-lfs (git lfs pull)? Copy them again"
