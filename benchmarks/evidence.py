@@ -442,8 +442,7 @@ def remembered(host: Host, folders: Mapping[str, Path]) -> Callable[[Tensor, str
     """`host.activations`, run once for the same tokens and all hooks that have folders: cells are measured on the same text."""
 
     def activations(tokens: Tensor, hook: str) -> Tensor:
-        key = f"{host.fingerprint} {host.dtype} {tuple(tokens.shape)} ".encode() + tokens.numpy().tobytes()
-        name = hashlib.sha256(key).hexdigest()[:16]
+        name = name_of(host, tokens)
         files = {hook: folder / "evaluation" / f"{name}.safetensors" for hook, folder in folders.items()}
         if not files[hook].exists():
             for each, x in host.activations_at(tokens, list(files)).items():
@@ -453,17 +452,24 @@ def remembered(host: Host, folders: Mapping[str, Path]) -> Callable[[Tensor, str
     return activations
 
 
+def name_of(host: Host, *inputs: Tensor) -> str:
+    """A short name for what a host makes of these."""
+    digest = hashlib.sha256(f"{host.fingerprint} {host.dtype} {tuple(inputs[0].shape)} ".encode())
+    for each in inputs:
+        digest.update(each.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def with_ablations_remembered(host: Host, folders: Mapping[str, Path]) -> Callable[..., dict[str, TokenLosses]]:
     """`host.token_losses`, its ablations run once for the same tokens: zeros and the mean are those of the hook, not of an arm."""
     run = host.token_losses
 
     def token_losses(tokens: Tensor, hook: str, edits: dict[str, Any]) -> dict[str, TokenLosses]:
         ones = torch.ones(*tokens.shape, host.d_model)  # edited, they tell what is replaced, and by what
-        key = f"{host.fingerprint} {host.dtype} {tuple(tokens.shape)} ".encode() + tokens.numpy().tobytes()
-        files = {}
-        for name in {"zero", "mean"} & edits.keys():
-            digest = hashlib.sha256(key + edits[name](ones).numpy().tobytes()).hexdigest()[:16]
-            files[name] = folders[hook] / "evaluation" / f"{name}-{digest}.safetensors"
+        files = {
+            name: folders[hook] / "evaluation" / f"{name}-{name_of(host, tokens, edits[name](ones))}.safetensors"
+            for name in {"zero", "mean"} & edits.keys()
+        }
         known = {name: TokenLosses(**load_file(file)) for name, file in files.items() if file.exists()}
         found = run(tokens, hook, {name: edit for name, edit in edits.items() if name not in known})
         for name in files.keys() - known.keys():

@@ -399,7 +399,7 @@ def test_packaged_models_speak_english(spec, layers, width) -> None:
 
 
 def test_capped_attention_is_capped_whatever_transformers_prefers(tmp_path, monkeypatch):
-    """Versions that chose sdpa for Gemma 2 ran it without its cap."""
+    """Versions that choose sdpa for Gemma 2 (5.20 does) run it without its cap."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)

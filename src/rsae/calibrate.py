@@ -375,7 +375,10 @@ def _edge(
         _require(rows)
         edge = _value_at_rank(torch.cat(largest), round(l0 * rows))
         if math.isnan(edge):
-            raise NotFinite("nan among the pre-activations: an SAE that is not finite has no threshold for an L0")
+            raise NotFinite(
+                f"nan among the pre-activations, so nothing gives an L0 of {l0:g}: training has diverged (lower the learning "
+                "rates), or the checkpoint is damaged"
+            )
         if edge >= seen_to:
             return edge
         room *= 8  # a stretch of code or of tables among prose

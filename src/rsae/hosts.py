@@ -314,7 +314,7 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
     try:
         with _no_progress_bars():
             config = AutoConfig.from_pretrained(path)
-            # Gemma 2 caps its attention's logits, which other implementations left out in silence before transformers 5.23
+            # Gemma 2 caps its attention's logits. Many versions of transformers choose sdpa, which leaves that out in silence
             is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
             how = {"attn_implementation": "eager"} if is_capped else {}
             model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **how)

@@ -11,9 +11,8 @@ from rsae.report.runs import ARMS, Run, number
 
 MISSING = "\u2013"
 MINUS = "\u2212"
-MATCHED = 0.01
-"""Two arms are at the same sparsity when their L0 differ by no more than this share (EVIDENCE: within 1%)."""
 # As rsae.metrics, which is not imported: the report knows no torch.
+MATCHED = 0.01
 RESOLUTION = 1e-6
 TIE_SHARE = 0.001
 
