@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, replace
 
 import pytest
@@ -19,6 +20,9 @@ from rsae.hosts import load_host
 from rsae.pipeline import ARMS, UpgradeConfig, demo, evaluate_folder, upgrade, upgrade_all
 from rsae.report import write_report
 from rsae.sae import RationalSAE
+
+# SAEs that were trained for seconds on a random model read nothing as they should
+pytestmark = pytest.mark.filterwarnings("ignore:preflight of:UserWarning")
 
 HOOK = "blocks.1.hook_resid_post"
 CONFIG = UpgradeConfig(
@@ -461,6 +465,17 @@ def test_an_upgrade_without_stored_activations(demo_run, host, text, tmp_path):
         json.loads((tmp_path / "run" / arm / "log.jsonl").read_text().splitlines()[-1]) for arm in ("control", "rsae")
     ]
     assert [log["step"] for log in logs] == [12, 12]
+
+
+def test_what_preflight_warns_of_is_said_before_training(demo_run, host, text, tmp_path):
+    """On another layer's activations. A warning is an error here, so what is there then was there before it."""
+    teacher, early = demo_run[0] / "jumprelu" / "teacher", "blocks.0.hook_resid_post"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"preflight of run: .*another layer"):
+            upgrade(teacher, host, early, text, tmp_path / "run", config=CONFIG, trust=True)
+    assert (tmp_path / "run" / "preflight.json").exists()
+    assert not (tmp_path / "run" / "acts").exists()
 
 
 def test_several_teachers_killed_while_they_are_inspected(demo_run, host, text, tmp_path):

@@ -215,8 +215,6 @@ def upgrade(
     if not mesh.ranks.is_main:
         return
     for name, metrics in results.items():
-        for warning in json.loads((out / name / "preflight.json").read_text())["warnings"]:
-            print(f"rsae: warning: {warning}", file=sys.stderr)
         _print_table(metrics, title=f"{'' if name == '.' else name + ': '}RSAE against its equal-compute control")
         print(f"SAE: {out / name / 'rsae'} (`import rsae`, then SAELens' SAE.load_from_disk)")
     print(f"report: {out / 'report.html'}")
@@ -414,7 +412,8 @@ def evaluate(
         typer.Option(help="A teacher: does each latent still mean what it meant there? Writes identity.json."),
     ] = None,
 ) -> None:
-    """Measure the arms of a run folder on held-out text, and write metrics.json."""
+    """Measure the arms of a run folder on held-out text, and write metrics.json and its page anew (an upgrade's own numbers stay
+    beside it, in metrics.upgrade.json)."""
     with progress_shown() as progress:
         from rsae.artefacts import read_json
         from rsae.pipeline import evaluate_folder

@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -314,6 +315,9 @@ class _Upgrade:
                     f"--trust to go on as it is declared ({self.out / 'preflight.json'} has all of it)"
                 )
         self.ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
+        if self.mesh.ranks.is_main:
+            for warning in found["warnings"]:  # now, not when hours of training are over
+                warnings.warn(f"preflight of {self.out.name}: {warning}", stacklevel=2)
 
     def train(self, host: Host, acts: Path, progress: Progress | None) -> Data:
         """Harvest and fine-tune."""

@@ -50,12 +50,13 @@ def download(repo: str, inner: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     inner = inner.strip("/")
+    name = f"{repo}:{inner}" if inner else repo
     wanted, left = _wanted(inner)
     try:
         folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=left))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
-            f"teacher {repo}:{inner}: the hub did not give it ({' '.join(str(error).split())}). A local folder works without it"
+            f"teacher {name}: there is no such local folder, and the hub did not give it ({' '.join(str(error).split())})"
         ) from error
     if not (folder / inner).exists():
         raise ValueError(
