@@ -1,15 +1,20 @@
 """The command line: help, version, exit codes, one line on stderr, and the fit command's files."""
 
+import errno
 import json
 import os
 import resource
 import subprocess
 import sys
 
+import httpx
 import pytest
+import torch
 from sae_lens import StandardSAE, StandardSAEConfig
+from safetensors import SafetensorError
 from tiny_host import save_text, save_tiny
 
+from rsae import cli
 from rsae.minimax import RationalFit
 
 
@@ -197,3 +202,39 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         assert "choose another --out" in result.stderr
     assert (tmp_path / "cfg.json").read_text() == "mine"
     assert (tmp_path / "fit.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "os error 28); what is done is kept, and",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; what is done is kept, and"),
+        (
+            httpx.ReadError("the peer closed the connection"),
+            "the peer closed the connection; what is done is kept, and",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory. A smaller --batch-size"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "Permission denied: 'runs'\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_bug_has_no_traceback(error, message, monkeypatch, capsys):
+    def app(**_):
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert message in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def app(**_):
+        raise RuntimeError("a shape")
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(RuntimeError, match="a shape"):
+        cli.main()

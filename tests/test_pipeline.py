@@ -12,7 +12,7 @@ from launch import torchrun
 from sae_lens import SAE
 from tiny_host import save_text, save_tiny
 
-from rsae import hosts, pipeline
+from rsae import cli, hosts, pipeline
 from rsae import text as text_module
 from rsae.artefacts import read_json, write_json
 from rsae.finetune import FinetuneConfig
@@ -240,8 +240,8 @@ def test_a_run_keeps_the_dtype_that_its_host_began_in(dtype, demo_run, host, tex
     metrics = upgrade(teacher, host, HOOK, text, run, config=CONFIG)
     assert read_json(run / "run.json")["host_dtype"] == dtype
     assert read_json(run / "acts" / "validation" / "meta.json")["config"]["dtype"] == dtype
-    again, _ = evaluate_folder(run, host, HOOK, text, None, tokens=400, ce_tokens=200, progress=None)
-    assert again["rsae"] == metrics["rsae"]
+    cli.evaluate(run)  # the command, by default at the run's own sizes
+    assert read_json(run / "metrics.json")["rsae"] == metrics["rsae"]
 
 
 def test_checkpoints_say_where_they_belong(demo_run, host, text, tmp_path):

@@ -157,9 +157,14 @@ def test_what_editors_and_tables_make_of_text(tmp_path) -> None:
 
     (tmp_path / "T.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "w1"}\n{"text": null}\n{"text": "w2"}\n')
     assert texts(tmp_path / "T.JSONL") == texts(tmp_path) == ["w1", "w2"]
-    (tmp_path / "t.txt").write_bytes("w1 w2".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"t\.txt is not UTF-8 text"):
-        texts(tmp_path / "t.txt")
+    for text, encoding, found in (
+        ("w1", "utf-16", "at byte 0"),
+        ("w1", "utf-16-le", "NUL"),
+        ("w1 é", "latin-1", "at byte 3"),
+    ):
+        (tmp_path / "t.txt").write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=rf"t\.txt is not UTF-8 text \(.*{found}"):
+            texts(tmp_path / "t.txt")
     parquet.write_table(pa.table({"text": [b"w1\nw2", None]}), tmp_path / "bytes.parquet")
     assert texts(tmp_path / "bytes.parquet") == ["w1\nw2"]
     parquet.write_table(pa.table({"text": [[{"role": "user"}]]}), tmp_path / "lists.parquet")

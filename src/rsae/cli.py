@@ -60,11 +60,11 @@ Teacher = Annotated[
         help="Checkpoint of any known format: a folder or file, RELEASE:SAE_ID, or OWNER/REPO:PATH on the hub."
     ),
 ]
-Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps of each fine-tuned arm.")]
+Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps, of each arm that is trained.")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", help="Tokens in a step; ranks that share the data divide them.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Orders the batches.")]
+Seed = Annotated[int, typer.Option("--seed", help="Orders the batches; of rsae pretrain, also the first weights.")]
 ContextLength = Annotated[int, typer.Option("--context-length", help="Tokens in a context.")]
 LatentShards = Annotated[
     int,
@@ -75,6 +75,7 @@ LatentShards = Annotated[
 
 
 INTERRUPTED = 130
+GOES_ON = "what is done is kept, and the same command continues"
 
 
 def main() -> None:
@@ -86,18 +87,30 @@ def main() -> None:
         sys.exit(code)
     except ValueError as error:
         _fail(str(error))
-    except OSError as error:
-        goes_on = isinstance(error, ConnectionError) or error.errno == errno.ENOSPC
-        _fail(f"{error}; what is done is kept, and the same command continues" if goes_on else str(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("rsae: stopped; what is done is kept, and the same command continues", file=sys.stderr)
+        print(f"rsae: stopped; {GOES_ON}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if is_passing(error):
+            _fail(f"{error}; {GOES_ON}")
+        if isinstance(error, OSError):
+            _fail(str(error))
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
+            _fail(f"{error} A smaller --batch-size, where there is one, needs less")
         if not hasattr(error, "format_message"):  # not the parser's own complaint about options and arguments
             raise
         if not (message := error.format_message()):  # type: ignore[attr-defined]  # help was asked for, by giving nothing
             sys.exit(2)
         _fail(f"{message} (see rsae --help)")
+
+
+def is_passing(error: Exception) -> bool:
+    """A full disk or a connection that broke: nothing is wrong with what was asked for.
+
+    safetensors and torch's checkpoints tell of a full disk by their own exceptions, and httpx (of the hub) is no OSError.
+    """
+    is_full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+    return is_full or isinstance(error, ConnectionError) or type(error).__module__.split(".")[0].startswith("httpx")
 
 
 def _fail(message: str) -> NoReturn:
@@ -161,14 +174,19 @@ def upgrade(
     online: Annotated[
         bool, typer.Option("--online", help="Store none to train on: the host runs while each arm trains.")
     ] = False,
-    evaluation_tokens: Annotated[int, typer.Option(help="Held-out tokens that the arms are compared on.")] = 200_000,
+    evaluation_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens that the arms are compared on; the model's loss on the first 32,768.")
+    ] = 200_000,
     recipe: Annotated[
         Literal["hard", "paper"],
         typer.Option(
             help="hard: exact zeros at the teacher's L0. paper: the dense gate with an l1 price, zeroed afterwards to that L0."
         ),
     ] = "hard",
-    penalty: Annotated[float | None, typer.Option(help="The paper recipe's price of l1; default 0.3.")] = None,
+    penalty: Annotated[
+        float | None,
+        typer.Option(help="The paper recipe's price of l1, in units of the squared error per token; default 0.3."),
+    ] = None,
     steps: Steps = 1000,
     batch_size: BatchSize = 2048,
     lr: Annotated[float | None, typer.Option(help="Learning rate of both fine-tuned arms; default 1e-3.")] = None,
@@ -319,7 +337,7 @@ def pretrain(
 def init(
     teacher: Teacher,
     acts: Annotated[Path, typer.Option(help="Activations to calibrate on (from rsae harvest).")],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write, new or empty.")],
     support: Annotated[Literal["hard", "dense"], typer.Option(help="hard: exact zeros; dense: the paper's.")] = "hard",
     degree: Annotated[tuple[int, int] | None, typer.Option(help="P Q; default by family, as in the paper.")] = None,
 ) -> None:
@@ -355,7 +373,9 @@ def finetune(
         Literal["matched-l0", "l0", "l1"],
         typer.Option(help="Hold L0, or put a price on L0 or on l1 (a dense gate: l1)."),
     ] = "matched-l0",
-    penalty: Annotated[float | None, typer.Option(help="The price, for l0 and l1.")] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="The price, for l0 and l1, in units of the squared error per token.")
+    ] = None,
     steps: Steps = 1000,
     batch_size: BatchSize = 2048,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
@@ -405,8 +425,11 @@ def evaluate(
             help="A store of this model and hook, whose statistics say which tokens are sinks; default the run's."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 200_000,
-    ce_tokens: Annotated[int, typer.Option(help="How many of them the loss is measured on.")] = 32_768,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens; default the run's, else 200,000.")] = None,
+    ce_tokens: Annotated[
+        int | None,
+        typer.Option(help="How many of them the model's loss is measured on; default the run's, else 32,768."),
+    ] = None,
     identity: Annotated[
         str | None,
         typer.Option(help="A teacher: does each latent still mean what it meant there? Writes identity.json."),
@@ -418,18 +441,20 @@ def evaluate(
         from rsae.artefacts import read_json
         from rsae.pipeline import evaluate_folder
 
-        about = read_json(run / "run.json") if (run / "run.json").exists() else {}
+        about = read_json(run / "run.json").get("identity", {}) if (run / "run.json").exists() else {}
         host, hook, text = (
-            given or about.get("identity", {}).get(name)
-            for name, given in (("host", host), ("hook", hook), ("text", text))
+            given or about.get(name) for name, given in (("host", host), ("hook", hook), ("text", text))
         )
         if host is None or hook is None or text is None:
             raise ValueError(
                 f"{run} has no run.json that names its host, hook and text: give --host, --hook and --text"
             )
+        sizes = about.get("config", {})
         metrics, found = evaluate_folder(
-            run, host, hook, text, acts, tokens=tokens, ce_tokens=ce_tokens, identity_of=identity, progress=progress
-        )
+            run, host, hook, text, acts, tokens=sizes.get("evaluation_tokens", 200_000) if tokens is None else tokens,
+            ce_tokens=sizes.get("ce_tokens", 32_768) if ce_tokens is None else ce_tokens, identity_of=identity,
+            progress=progress,
+        )  # fmt: skip
     _print_table(metrics, title=str(run))
     if found is not None:
         _print_identity(found)
@@ -497,7 +522,7 @@ def fit(
     method: Annotated[
         Literal["minimax", "relaxed-remez"], typer.Option(help="The optimum, or the paper's initialisation.")
     ] = "minimax",
-    out: Out = Path("fit"),
+    out: Annotated[Path, typer.Option("--out", help="Folder to write: new, empty, or of the same fit.")] = Path("fit"),
 ) -> None:
     """Best rational approximation of a gate: prints the numbers, writes fit.json and a picture.
 

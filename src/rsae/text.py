@@ -324,9 +324,14 @@ def _file_texts(file: Path) -> Iterator[str]:
     """Texts of one file; a .txt is one document, a table has one a row."""
     name = file.name.lower()
     if name.endswith(".txt"):
-        text = file.read_text(encoding="utf-8-sig", errors="replace")
-        if "\0" in text:
-            raise ValueError(f"{file} is not UTF-8 text (it holds NUL characters): UTF-16? Save it as UTF-8")
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+            ) from None
+        if "\0" in text:  # what UTF-16 may look like
+            raise ValueError(f"{file} is not UTF-8 text (it holds NUL characters): save it as UTF-8")
         yield text
     elif name.endswith(".jsonl"):
         with open(file, encoding="utf-8-sig") as lines:
