@@ -50,6 +50,18 @@ def rows(x: torch.Tensor) -> list[tuple[float, ...]]:
     return [tuple(row) for row in x.tolist()]
 
 
+def test_passes_that_a_loop_waits_for_are_shown(host, text) -> None:
+    seen: list[tuple[str, int, int]] = []
+    data = OnlineActivations(
+        host, HOOK, text, buffer_tokens=512, rule_tokens=256, progress=lambda *told: seen.append(told), **SIZES
+    )
+    passes = 512 // (SIZES["batch_size"] * SIZES["context_length"])
+    assert seen == [("look for sinks", done, passes // 2) for done in range(1, passes // 2 + 1)]
+    seen.clear()
+    take(data, 1)
+    assert seen == [("fill the buffer", done, passes) for done in range(1, passes + 1)]
+
+
 def test_it_reads_what_a_store_holds(online, store) -> None:
     assert (online.d_in, online.hook) == (store.d_in, store.hook)
     assert torch.equal(online.mean, store.mean)

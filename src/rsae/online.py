@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rsae.artefacts import config_hash
+from rsae.artefacts import Progress, config_hash
 from rsae.harvest import EXCLUSION_RULE, Batch, SinkRule, drop_sinks, run_batch, share_of, text_batches
 from rsae.hosts import Host
 from rsae.text import PACKING_RULE, Context, Split, text_fingerprint, too_short
@@ -41,6 +41,7 @@ class OnlineActivations:
         buffer_tokens: int = 2**18,
         rule_tokens: int = 65536,
         sink_ratio: float = 3.0,
+        progress: Progress | None = None,
     ) -> None:
         """Run the host over the first contexts, for the sink rule.
 
@@ -49,6 +50,7 @@ class OnlineActivations:
             batch_size: contexts a forward pass.
             buffer_tokens: about how many tokens are shuffled together (whole batches of contexts).
             rule_tokens: about how many tokens the sink rule is fitted on: the shard_tokens of the store that it is to equal.
+            progress: told of the forward passes that a loop waits for.
 
         Raises:
             ValueError: unknown hook or text; text shorter than one context; nan or inf in the activations.
@@ -60,9 +62,11 @@ class OnlineActivations:
         self._passes = max(1, round(buffer_tokens / pass_tokens))
         self._buffer_tokens = self._passes * pass_tokens
         self._buffer: _Buffer | None = None
+        self._progress = progress
+        of_rule = max(1, round(rule_tokens / pass_tokens))
         first = [
             run_batch(host, [self.hook], contexts, number)[0].rows["activations"]
-            for number, contexts in islice(self._once(), max(1, round(rule_tokens / pass_tokens)))
+            for number, contexts in self._shown("look for sinks", islice(self._once(), of_rule), of_rule)
         ]
         if not first:
             raise ValueError(too_short(text, split, context_length))
@@ -125,7 +129,7 @@ class OnlineActivations:
     def _fill(self, buffer: _Buffer, contexts: Iterable[tuple[int, list[Context]]]) -> None:
         """Run the host over these contexts."""
         buffer.of, buffer.held = None, 0
-        for number, some in contexts:
+        for number, some in self._shown("fill the buffer", contexts, self._passes):
             x = self._run(number, some).rows["activations"]
             buffer.rows[buffer.held : buffer.held + len(x)] = x
             buffer.held += len(x)
@@ -140,6 +144,15 @@ class OnlineActivations:
                 rows["activations"].split(batch_size), rows["documents"].split(batch_size), strict=True
             ):
                 yield x.float(), owners.long()
+
+    def _shown(
+        self, stage: str, passes: Iterable[tuple[int, list[Context]]], n_passes: int
+    ) -> Iterator[tuple[int, list[Context]]]:
+        """These, told to whoever waits for them."""
+        for done, each in enumerate(passes, 1):
+            yield each
+            if self._progress is not None:
+                self._progress(stage, done, n_passes)
 
     def _run(self, number: int, contexts: list[Context]) -> Batch:
         """A batch of contexts without BOS, special tokens and sinks."""

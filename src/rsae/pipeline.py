@@ -131,7 +131,8 @@ class Data:
         train: Mapping[str, ActivationStore | OnlineActivations]
         if config.train_tokens is None:
             train = {
-                hook: OnlineActivations(host, hook, text, context_length=config.context_length) for hook in folders
+                hook: OnlineActivations(host, hook, text, context_length=config.context_length, progress=progress)
+                for hook in folders
             }
         else:
             train = stores("train", config.train_tokens)
