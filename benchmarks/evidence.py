@@ -94,17 +94,15 @@ FINETUNE = FinetuneConfig(
 
 
 class Rates(NamedTuple):
-    """Learning rates with which an arm is better than with FINETUNE's (results/SEARCH.md; Gemma's: dev/LOG.md).
+    """Learning rates with which a control is better than with FINETUNE's (results/SEARCH.md; Gemma's: dev/LOG.md).
 
     Written out, as FINETUNE's are, so that cells stay what they are when the defaults of an upgrade change.
     """
 
     lr: float
-    """Of the weights, in all fine-tuned arms: the control's best."""
+    """Of the weights, in all fine-tuned arms."""
     control: float = GATE_LR
     """Of the control's own thresholds, alone."""
-    rsae: float | None = None
-    """Of the weights of the RSAE, and of the arms that are one less some part, where another is better there."""
 
 
 RATES: dict[tuple[str, int, str], Rates] = {
@@ -112,7 +110,7 @@ RATES: dict[tuple[str, int, str], Rates] = {
     ("package:gemma3-270m", 3, "jumprelu"): Rates(4e-3, 3e-2),
     ("package:gemma3-270m", 9, "jumprelu"): Rates(2e-3, 3e-3),
     ("package:gemma3-270m", 9, "batchtopk"): Rates(2e-3, 3e-3),
-    ("package:gemma3-270m", 14, "jumprelu"): Rates(4e-3, 3e-3, rsae=2e-3),
+    ("package:gemma3-270m", 14, "jumprelu"): Rates(4e-3, 3e-3),
 }
 """By host, layer and family."""
 DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluation_tokens=220_000, ce_tokens=32_768)
@@ -214,12 +212,10 @@ def fine_tuning(cell: Cell) -> FinetuneConfig:
 
 
 def change(cell: Cell, arm: str) -> dict[str, Any]:
-    """What an arm of a cell has otherwise than `fine_tuning`."""
-    how, (_, of_control, of_rsae) = dict(ARMS[arm].change), rates(cell)
+    """What an arm of a cell has otherwise than FINETUNE, but for the rate that all of them share."""
+    how, of_control = dict(ARMS[arm].change), rates(cell).control
     if arm in ("control", "threshold_uncrowded") and of_control != GATE_LR:
         how["gate_lr"] = of_control
-    if of_rsae is not None and ARMS[arm].start != "teacher":
-        how["lr"] = of_rsae
     edge = FINETUNE.surrogate
     if arm != "control" and cell.family in ("jumprelu", "batchtopk"):
         edge = JUMPRELU_EDGE

@@ -101,7 +101,7 @@ def test_what_the_claims_stand_on():
         {"is_middle": False},
         {"expansion": 25},
         {"family": "gated"},
-        {"host": "package:gemma3-270m"},
+        {"host": "package:gemma3-270m", "family": "topk"},
     ):
         assert not tables._chosen_on(cell | change)
 
@@ -118,8 +118,8 @@ def test_the_grid_is_the_one_that_was_promised():
             assert sorted(ours) == [(16, 0), (32, 0), (32, 1), (32, 2), (64, 0)]
 
 
-def test_rates_that_an_arm_is_best_with():
-    """All arms have the control's rate of the weights but where the RSAE has its own; the control alone its thresholds'."""
+def test_rates_that_the_control_is_best_with():
+    """All arms have its rate of the weights, it alone that of its own thresholds, and cells of other rates are other cells."""
     bench, tables = sys.modules.get("benchmarks.evidence") or load("evidence"), load("evidence_tables")
     fast = bench.Cell("package:gemma3-270m", 9, "jumprelu", 32, 0)
     plain = replace(fast, family="topk")
@@ -131,15 +131,8 @@ def test_rates_that_an_arm_is_best_with():
     without_crowds = {"surrogate": replace(JUMPRELU_EDGE, crowding=0.0, sparing=0.0), "gate_lr": 3e-3}
     assert bench.change(fast, "threshold_uncrowded") == bench.ARMS["threshold_uncrowded"].change | without_crowds
     assert bench.settings(fast)["arms"]["control"]["change"] == {"gate_lr": 3e-3}
-    late = replace(fast, layer=14)
-    assert bench.fine_tuning(late).lr == 4e-3
-    assert bench.change(late, "control") == {"gate_lr": 3e-3}
-    assert bench.change(late, "rsae") == {"surrogate": JUMPRELU_EDGE, "lr": 2e-3}
-    settings = {cell.setting: bench.settings(cell) for cell in (plain, replace(plain, layer=3), fast, late)}
-    said = (
-        "0.002 and 0.003 for the control's thresholds: gemma3-270m layer-9 jumprelu; "
-        "0.004 and 0.003 for the control's thresholds, 0.002 in the RSAE: gemma3-270m layer-14 jumprelu"
-    )
+    settings = {cell.setting: bench.settings(cell) for cell in (plain, replace(plain, layer=3), fast)}
+    said = "0.002 and 0.003 for the control's thresholds: gemma3-270m layer-9 jumprelu"
     assert tables._other_rates({"settings": settings}) == said
 
 

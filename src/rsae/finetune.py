@@ -53,7 +53,7 @@ LOG_EVERY = 10
 # of the FVU of their best rate on each of three teachers, at the default lr (dev/LOG.md)
 GATE_LR, JUMPRELU_LR = 1e-3, 1e-2
 # The edge of an RSAE from a JumpReLU; from a TopK it gains a little, from a ReLU it does not (dev/LOG.md)
-JUMPRELU_EDGE = Surrogate(strength=0.4, crowding=160.0, sparing=0.1)
+JUMPRELU_EDGE = Surrogate(strength=0.4, crowding=32.0, sparing=0.1)
 NORMALISED = ("layer_norm", "constant_norm_rescale")
 # A latent that was not active for so many tokens has its threshold lowered, by 2% a step, until it is; a TopK's, which has none,
 # learns from what the active ones leave, by an auxiliary loss of this weight.
