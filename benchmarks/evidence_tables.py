@@ -60,31 +60,32 @@ def _prose(text: str) -> str:
 
 
 CHOSEN = _prose("""
-    **What the settings were chosen on.** The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32, TopK
-    and JumpReLU, with seed 0: on validation documents of the sources that are evaluated here, but not blindly. Three of these
-    cells had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's delta-CE from a
-    TopK; the price on crowds and other settings of the edge were then found, on validation documents, to mend that. A loss at
-    L0 64, SmolLM2's JumpReLU, then showed that the price grew with L0: it was put into units of a latent's share of all that is
-    active, and tried on validation documents there. Seven other cells at L0 16 and 64 had been measured here by then, and spoke
-    for that change. At L0 32 it changes nothing (320/32 is the 10 of before): the settings of 18 cells were restated in the new
-    unit, and not measured again. All other cells are measured with a recipe that was not chosen on them, and are counted apart.
-    The control was searched too, on teachers of earlier versions of the loop, one seed each and by fewer tries than the recipe
-    took ([SEARCH.md](SEARCH.md)). Both arms have the learning rate that the control was best with there, but for these. Gemma's
-    TopK: its control is better by 0.27% of FVU at 2e-3 than at the 1e-3 that it has. A JumpReLU's own thresholds were too slow
-    at the rate of a rational gate, which all controls had at first: on Gemma that was most of what the RSAE was ahead by at
-    layer 9, and all of it at layer 3, where the control came out worse than its teacher. Of each of Gemma's layers the control
-    has the rates, for weights and thresholds, with which its FVU was lowest on validation documents (dev/LOG.md), and the RSAE
-    that of the weights and the default of its gate. At layer 3
-    they are the fastest that were tried, so that faster ones may be better yet, and the control has lost a tenth of its
-    teacher's latents, as this text has them. Other seeds and sparsities, and the BatchTopK, have layer 9's. The edge of an RSAE
-    from a JumpReLU, and that it spares latents that are rarely active, was then found on validation documents of Gemma's three
-    layers, L0 32, seed 0, by some twenty tries, and its price on crowds by some forty more, nine of them on L0 16 and 64 and the BatchTopK: those cells
-    and their other seeds count as chosen on. JumpReLUs measured with the edge of before, all of SmolLM2's among them, are no
-    longer here: with that price five cells had been measured, of which layer 14's was lost in FVU by 0.2%. The rates of ReLU and gated were not searched. A
-    JumpReLU control on SmolLM2 that is trained at 0.9 or 0.8 of its L0, and opened at the end, is better in delta-CE than one
-    that is not, by .006 and .010 on validation documents; an RSAE that is trained so gains as well, and stays ahead. Neither is
-    done here. SmolLM2's TopK control has 0.05% less FVU at 2e-3, within the interval. All cells of a host are measured on the
-    same documents, those that nothing was chosen on too.
+    **What the settings were chosen on.** The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32,
+    TopK and JumpReLU, with seed 0: on validation documents of the sources that are evaluated here, but not blindly. Three
+    of these cells had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's
+    delta-CE from a TopK; the price on crowds and other settings of the edge were then found, on validation documents, to
+    mend that. A loss at L0 64, SmolLM2's JumpReLU, then showed that the price grew with L0: it was put into units of a
+    latent's share of all that is active, and tried on validation documents there. Seven other cells at L0 16 and 64 had
+    been measured here by then, and spoke for that change. At L0 32 it changes nothing (320/32 is the 10 of before): the
+    settings of 18 cells were restated in the new unit, and not measured again. All other cells are measured with a recipe
+    that was not chosen on them, and are counted apart. The control was searched too, on teachers of earlier versions of the
+    loop, one seed each and by fewer tries than the recipe took ([SEARCH.md](SEARCH.md)). Both arms have the learning rate
+    that the control was best with there, but for these. Gemma's TopK: its control is better by 0.27% of FVU at 2e-3 than at
+    the 1e-3 that it has. A JumpReLU's own thresholds were too slow at the rate of a rational gate, which all controls had
+    at first: on Gemma that was most of what the RSAE was ahead by at layer 9, and all of it at layer 3, where the control
+    came out worse than its teacher. Of each of Gemma's layers the control has the rates, for weights and thresholds, with
+    which its FVU was lowest on validation documents (dev/LOG.md), and the RSAE that of the weights and the default of its
+    gate. At layer 3 they are the fastest that were tried, so that faster ones may be better yet, and the control has lost a
+    tenth of its teacher's latents, as this text has them. Other seeds and sparsities, and the BatchTopK, have layer 9's.
+    The edge of an RSAE from a JumpReLU, and that it spares latents that are rarely active, was then found on validation
+    documents of Gemma's three layers, L0 32, seed 0, by some twenty tries, and its price on crowds by some forty more, nine
+    of them on L0 16 and 64 and the BatchTopK: those cells and their other seeds count as chosen on. JumpReLUs measured with
+    the edge of before, all of SmolLM2's among them, are no longer here: with that price five cells had been measured, of
+    which layer 14's was lost in FVU by 0.2%. The rates of ReLU and gated were not searched. A JumpReLU control on SmolLM2
+    that is trained at 0.9 or 0.8 of its L0, and opened at the end, is better in delta-CE than one that is not, by .006 and
+    .010 on validation documents; an RSAE that is trained so gains as well, and stays ahead. Neither is done here. SmolLM2's
+    TopK control has 0.05% less FVU at 2e-3, within the interval. All cells of a host are measured on the same documents,
+    those that nothing was chosen on too.
 """)
 COVERS = _prose("""
     **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor that
