@@ -46,18 +46,7 @@ from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_
 from rsae.calibrate import HeldOut, calibrate, counting_threshold, mean_l0
 from rsae.cli import progress_shown
 from rsae.evaluate import COMPARISON_RULE, evaluate_runs
-from rsae.finetune import (
-    GATE_LR,
-    JUMPRELU_EDGE,
-    DenseTrainee,
-    FinetuneConfig,
-    GatedTrainee,
-    ReLUTrainee,
-    ThresholdTrainee,
-    TopKTrainee,
-    Trainee,
-    finetune,
-)
+from rsae.finetune import GATE_LR, JUMPRELU_EDGE, FinetuneConfig, finetune
 from rsae.hosts import Host, TokenLosses, load_host
 from rsae.identity import identity
 from rsae.metrics import MATCHED, NotFinite
@@ -69,6 +58,7 @@ from rsae.sae import RationalSAE, save_sae
 from rsae.teachers import load_teacher
 from rsae.teachers.checkpoint import Family
 from rsae.text import Contexts, shared_documents
+from rsae.trainees import DenseTrainee, GatedTrainee, ReLUTrainee, ThresholdTrainee, TopKTrainee, Trainee
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -26,7 +26,7 @@ from benchmarks.evidence_tables import nats, ran_on, relative, table, write_page
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 from rsae import finetune as finetuning
-from rsae import rational
+from rsae import rational, trainees
 from rsae.artefacts import Progress, read_json, write_json
 from rsae.calibrate import HeldOut, counting_threshold, match_l0, mean_l0
 from rsae.cli import progress_shown
@@ -79,7 +79,7 @@ def own_derivative(distance: Tensor, width: Tensor) -> Tensor:
     return torch.where(v.abs() < 0.5, density[((v + 0.5) * 2000).long().clamp(0, 1999)], 0.0)
 
 
-class SignedTrainee(finetuning.ThresholdTrainee):
+class SignedTrainee(trainees.ThresholdTrainee):
     """A gate with two sides, sgn(h) phi(|h|): active where |h| is above the threshold."""
 
     def choose(self, h: Tensor) -> Entries:
@@ -142,7 +142,7 @@ class Variation:
             if self.is_signed:
                 stack.enter_context(mock.patch.object(finetuning, "ThresholdTrainee", SignedTrainee))
             if self.auxiliary is not None:
-                stack.enter_context(mock.patch.object(finetuning, "AUXILIARY", self.auxiliary))
+                stack.enter_context(mock.patch.object(trainees, "AUXILIARY", self.auxiliary))
             yield
 
 

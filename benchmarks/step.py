@@ -24,11 +24,12 @@ from sae_lens.saes.sae import TrainStepInput
 from rsae import kernels
 from rsae.calibrate import calibrate
 from rsae.cpu import keep_pages, prefers_bfloat16
-from rsae.finetune import FinetuneConfig, SparseTrainee, _ready_to_train, take_step, trainee_for
+from rsae.finetune import FinetuneConfig, _ready_to_train, take_step, trainee_for
 from rsae.mesh import ALONE
 from rsae.rational import Surrogate
 from rsae.sae import RationalSAE
 from rsae.sparse import pre_activations
+from rsae.trainees import SparseTrainee
 
 D_IN, D_SAE, BATCH, L0 = 640, 5120, 2048, 32
 SIZES = ((D_IN, D_SAE, BATCH), (576, 4608, BATCH), (D_IN, D_SAE, 2 * BATCH))

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from test_finetune import SMALL, MemoryStore
 
-from rsae import finetune as finetuning
-from rsae import sparse
+from rsae import sparse, trainees
 from rsae.finetune import finetune
 from rsae.mesh import Mesh
 from rsae.teachers import load_teacher
@@ -48,7 +47,7 @@ def main() -> None:
                 raise KeyboardInterrupt
 
     for arm, change in ARMS.items():
-        finetuning.SILENT_TOKENS = 200 if "silent" in arm else 100_000
+        trainees.SILENT_TOKENS = 200 if "silent" in arm else 100_000
         config = replace(SMALL, steps=20, **change)
         sae = load_teacher(folder.parent / "start" / arm).sae
         try:

@@ -20,9 +20,9 @@ from sae_lens import (
 )
 
 from rsae import finetune as finetuning
-from rsae import sparse
+from rsae import sparse, trainees
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
-from rsae.finetune import FinetuneConfig, Form, check_topk_l0, finetune, schedule, trainee_for
+from rsae.finetune import FinetuneConfig, check_topk_l0, finetune, schedule, trainee_for
 from rsae.metrics import NotFinite
 from rsae.pretrain import initial_sae, pretrain
 from rsae.rational import Surrogate
@@ -30,6 +30,7 @@ from rsae.sae import RationalSAE, copied, save_sae
 from rsae.sparse import Entries
 from rsae.teachers import load_teacher
 from rsae.teachers.checkpoint import build
+from rsae.trainees import Form
 
 D_IN, D_SAE, L0 = 12, 40, 4
 SMALL = FinetuneConfig(steps=30, batch_size=64, lr=3e-3, checkpoint_every=10)
@@ -135,7 +136,7 @@ class TestGradients:
         assert not trainee.W_enc.grad[is_silent].any()
         active = {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
         trainee.zero_grad()
-        trainee.silent[is_silent] = finetuning.SILENT_TOKENS
+        trainee.silent[is_silent] = trainees.SILENT_TOKENS
         step = trainee(x)
         step.loss.backward()
         found = {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
@@ -507,7 +508,7 @@ def test_the_edge_is_that_of_the_family_unless_one_is_asked_for(teachers, tmp_pa
 
 
 def test_how_often_a_latent_is_active_is_a_mean_over_the_last_tokens(teachers, monkeypatch):
-    monkeypatch.setattr(finetuning, "RATE_TOKENS", 400)
+    monkeypatch.setattr(trainees, "RATE_TOKENS", 400)
     trainee = trainee_for(RationalSAE.from_teacher(teachers["jumprelu"]), 10.0, replace(SMALL, target_l0=float(L0)))
     rates = torch.rand(5, D_SAE, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(D_SAE)
@@ -626,7 +627,7 @@ def test_a_counting_threshold_counts_what_it_is_asked_to(family, teachers, data,
 
 @pytest.mark.parametrize(("family", "narrow"), [("relu", True), ("jumprelu", True), ("topk", True), ("topk", False)])
 def test_the_papers_recipe_trains_a_dense_gate(family, narrow, teachers, data, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr("rsae.finetune.prefers_bfloat16", lambda: narrow)
+    monkeypatch.setattr("rsae.trainees.prefers_bfloat16", lambda: narrow)
     dense = calibrate(RationalSAE.from_teacher(teachers[family], support="dense"), [data.x])
     config = replace(SMALL, objective="l1", penalty=0.05)
     trained = finetune(dense, data, config, held_out=held_out, out=tmp_path)

@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rsae
 from rsae import kernels, sparse
 from rsae.calibrate import calibrate
-from rsae.finetune import FinetuneConfig, ThresholdTrainee, TopKTrainee, trainee_for
+from rsae.finetune import FinetuneConfig, trainee_for
 from rsae.minimax import fit_gate
 from rsae.rational import rational, sample_scale
 from rsae.sae import RationalSAE
+from rsae.trainees import ThresholdTrainee, TopKTrainee
 
 triton_kernels: Any = pytest.importorskip(
     "rsae.triton_kernels", reason="Triton is not installed (it is for Linux alone)"
