@@ -311,6 +311,10 @@ def test_hosts_that_cannot_be_loaded(tmp_path, monkeypatch) -> None:
         ValueError, match=r"expected a hub id .*, a local transformers directory, or one of package:gemma"
     ):
         load_host(str(tmp_path / "nothing"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter' is an adapter of PEFT: merge it"):
+        load_host(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="unknown packaged model 'package:gpt5'"):
         load_host("package:gpt5")
     for content in (b"version https://git-lfs.github.com/spec/v1\n", b""):

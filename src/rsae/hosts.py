@@ -323,6 +323,10 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
             f"the weights of {spec!r} cannot be read ({error}): cut short, or pointers of git-lfs (git lfs pull)? Copy them again"
         ) from error
     except (OSError, ValueError) as error:
+        if (Path(path) / "adapter_config.json").exists():
+            raise ValueError(
+                f"{spec!r} is an adapter of PEFT: merge it into its model (merge_and_unload) and save that"
+            ) from error
         raise ValueError(
             f"cannot load a language model from {spec!r} ({_one_line(error)}); expected a hub id (of a model that is gated: accept "
             f"its licence on its page, then `hf auth login`), a local transformers directory, or one of {', '.join(_PACKAGES)}"
