@@ -25,6 +25,9 @@ from rsae.pipeline import UpgradeConfig, upgrade
 from rsae.sae import RationalSAE
 from rsae.teachers import load_teacher
 
+# Random weights read nothing as they should
+pytestmark = pytest.mark.filterwarnings("ignore:preflight of:UserWarning")
+
 HOOK = "blocks.1.hook_resid_post"
 CONFIG = UpgradeConfig(
     train_tokens=1500, validation_tokens=300, evaluation_tokens=300, ce_tokens=100, context_length=16,
