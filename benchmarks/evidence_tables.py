@@ -78,14 +78,14 @@ CHOSEN = _prose("""
     gate. At layer 3 they are the fastest that were tried, so that faster ones may be better yet, and the control has lost a
     tenth of its teacher's latents, as this text has them. Other seeds and sparsities, and the BatchTopK, have layer 9's.
     The edge of an RSAE from a JumpReLU, and that it spares latents that are rarely active, was then found on validation
-    documents of Gemma's three layers, L0 32, seed 0, by some twenty tries, and its price on crowds by some forty more, nine
-    of them on L0 16 and 64 and the BatchTopK: those cells and their other seeds count as chosen on. JumpReLUs measured with
-    the edge of before, all of SmolLM2's among them, are no longer here: with that price five cells had been measured, of
-    which layer 14's was lost in FVU by 0.2%. The rates of ReLU and gated were not searched. A JumpReLU control on SmolLM2
-    that is trained at 0.9 or 0.8 of its L0, and opened at the end, is better in delta-CE than one that is not, by .006 and
-    .010 on validation documents; an RSAE that is trained so gains as well, and stays ahead. Neither is done here. SmolLM2's
-    TopK control has 0.05% less FVU at 2e-3, within the interval. All cells of a host are measured on the same documents,
-    those that nothing was chosen on too.
+    documents of Gemma's three layers, L0 32, seed 0, by some twenty tries, and its price on crowds after some fifty more,
+    eight of them on L0 16 and 64 and the BatchTopK: those cells and their other seeds count as chosen on. With the higher
+    price that stood between, five cells had been measured here: layers 14 and 3 were lost in FVU, by 0.2 and 3.3%, and then
+    the price was changed. JumpReLUs measured with an edge of before, all of SmolLM2's among them, are no longer here. The
+    rates of ReLU and gated were not searched. A JumpReLU control on SmolLM2 that is trained at 0.9 or 0.8 of its L0, and
+    opened at the end, is better in delta-CE than one that is not, by .006 and .010 on validation documents; an RSAE that is
+    trained so gains as well, and stays ahead. Neither is done here. SmolLM2's TopK control has 0.05% less FVU at 2e-3,
+    within the interval. All cells of a host are measured on the same documents, those that nothing was chosen on too.
 """)
 COVERS = _prose("""
     **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor that

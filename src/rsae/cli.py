@@ -107,7 +107,8 @@ def main() -> None:
 def is_passing(error: Exception) -> bool:
     """A full disk or a connection that broke: nothing is wrong with what was asked for.
 
-    safetensors and torch's checkpoints tell of a full disk by their own exceptions, and httpx (of the hub) is no OSError.
+    safetensors and torch's checkpoints tell of a full disk by their own exceptions; those of httpx and httpx2, by which the hub
+    is read, are no OSErrors.
     """
     is_full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
     return is_full or isinstance(error, ConnectionError) or type(error).__module__.split(".")[0].startswith("httpx")
