@@ -15,7 +15,8 @@ Several calls at a time share the grid, one for each GPU or, with OMP_NUM_THREAD
     --tables       run nothing: the tables anew from results/evidence.json
 
 Every trained arm sees the same batches for the same steps; all are matched to the teacher's L0 on validation text (exact zeros are
-counted), and compared on held-out documents of sources that no training text is from, paired by document.
+counted), and compared on held-out documents of sources that no training text is from, paired by document. Where that leaves their
+L0 too far apart on these documents, control and RSAE are matched once more, there, and both comparisons are kept.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from rsae.artefacts import Progress, config_hash, provenance, read_json, sha256_file, write_json, write_safetensors
-from rsae.calibrate import HeldOut, calibrate, counting_threshold, mean_l0
+from rsae.calibrate import HeldOut, calibrate, counting_threshold, match_l0, mean_l0
 from rsae.cli import progress_shown
-from rsae.evaluate import COMPARISON_RULE, evaluate_runs
+from rsae.evaluate import COMPARISON_RULE, evaluate_runs, measured_batches
 from rsae.finetune import GATE_LR, JUMPRELU_EDGE, FinetuneConfig, finetune
 from rsae.hosts import Host, TokenLosses, load_host
 from rsae.identity import identity
@@ -108,7 +109,8 @@ DATA = UpgradeConfig(train_tokens=2_000_000, validation_tokens=60_000, evaluatio
 IDENTITY = 160
 """Contexts that latents are compared on, index by index, in cells with all arms: about 40,000 tokens."""
 L0_TOLERANCE = MATCHED
-"""A cell has failed whose teacher, control and RSAE end further apart than this in L0, on the tokens they are compared on."""
+"""What teacher, control and RSAE may be apart in L0 on the tokens they are compared on. Further, the two are matched there; if they
+then are apart still, the cell has failed."""
 
 
 class Arm(NamedTuple):
@@ -310,12 +312,26 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         *((more, less) for more, less in STEPS if {more, less} <= saes.keys()),
     ]
     pairs = list(dict.fromkeys(pairs))
-    (found,) = evaluate_runs(
-        {"": saes}, data.host, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=DATA.ce_tokens,
-        eps=eps, pairs=pairs, progress=progress,
-    ).values()  # fmt: skip
-    l0s = [found[arm]["l0"] for arm in ("teacher", *MAIN)]
-    gap = max(l0s) / min(l0s) - 1
+
+    def measured(arms: Mapping[str, SAE[Any]]) -> tuple[dict[str, Any], float]:
+        """What the arms measure, and how far teacher, control and RSAE are apart in L0, relative to the least."""
+        (found,) = evaluate_runs(
+            {"": arms}, data.host, data.hook, data.evaluation, store_stats=data.train.sink_rule, ce_tokens=DATA.ce_tokens,
+            eps={arm: value for arm, value in eps.items() if arm in arms}, pairs=pairs, progress=progress,
+        ).values()  # fmt: skip
+        l0s = [found[arm]["l0"] for arm in ("teacher", *MAIN)]
+        return found, max(l0s) / min(l0s) - 1
+
+    found, gap = measured(saes)
+    as_trained = None
+    if gap > L0_TOLERANCE:
+        as_trained = {"gap": gap, "arms": {arm: found[arm] for arm in MAIN}} | {
+            name: found[name] for name in ("rsae_minus_control", "rsae_minus_teacher")
+        }
+        tokens = MeasuredTokens(data)
+        again = {arm: match_l0(saes[arm], tokens, found["teacher"]["l0"]) for arm in MAIN}
+        matched, gap = measured({"teacher": teacher, **again})
+        found |= matched
     contexts = Contexts(
         data.evaluation.tokens[:IDENTITY], data.evaluation.documents[:IDENTITY], data.evaluation.sources
     )
@@ -327,6 +343,7 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
         **{"_minus_".join(pair): found["_minus_".join(pair)] for pair in pairs},
         "verdict": dict.fromkeys(found["verdict"], "failed") if gap > L0_TOLERANCE else found["verdict"],
         "failed": f"L0 of teacher, control and rsae are {gap:.1%} apart" if gap > L0_TOLERANCE else None,
+        "as_trained": as_trained,
         "failed_arms": failed_arms,
         "identity": identity(
             teacher, {arm: saes[arm] for arm in MAIN}, data.host, data.hook, contexts, store_stats=data.train.sink_rule,
@@ -340,6 +357,17 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
             "peak_memory_gb": _peak_memory_gb(),
         },
     }  # fmt: skip
+
+
+class MeasuredTokens:
+    """The activations of the tokens that a cell is measured on, in batches, as often as they are asked for."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Tensor]:
+        data = self.data
+        return (batch.x for batch in measured_batches(data.host, data.hook, data.evaluation, data.train.sink_rule))
 
 
 def _seconds(arm: Path) -> float:

@@ -409,6 +409,19 @@ def _page(evidence: dict[str, Any]) -> str:
                 ],
             ),
         ]  # fmt: skip
+    if again := [row for cell in measured for row in _matched_again(cell)]:
+        parts += [
+            "## Matched on the text they are measured on\n",
+            "As trained, that is with L0 matched on validation text, teacher, control and RSAE of these cells were further than "
+            "1% apart in L0 on the text that they are compared on. There control and RSAE were matched to the teacher's L0 once "
+            "more, by one factor of all thresholds (a TopK has its L0 on any text), and above they stand as they then are: it "
+            "takes counts from this text, and no errors. As trained they measured, with nothing concluded from it:\n",
+            table(
+                ["host", "layer", "family", "d_sae", "L0", "seed", "L0 as trained: control, RSAE", "apart",
+                 "RSAE - control, FVU", "RSAE - control, delta-CE"],
+                again,
+            ),
+        ]  # fmt: skip
     if failed := [cell for cell in cells if cell["failed"]]:
         parts += ["## Failed\n", *(f"- {cell['name']}: {cell['failed']}\n" for cell in failed)]
     return "\n".join(parts)
@@ -435,6 +448,13 @@ def _row(cell: Cell) -> list[str]:
         f"{of(two, 'dense', '.2%')} {cell['verdict']['dense']}",
         of(two, "l0", ".2f"),
     ]
+
+
+def _matched_again(cell: Cell) -> Iterable[list[str]]:
+    if was := cell.get("as_trained"):
+        l0s = ", ".join(f"{was['arms'][arm]['l0']:.2f}" for arm in MAIN)
+        minus = was["rsae_minus_control"]
+        yield [*_where(cell), l0s, f"{was['gap']:.1%}", relative(minus["fvu"]), nats(minus["delta_ce"])]
 
 
 def _attribution(cell: Cell) -> str:

@@ -279,6 +279,38 @@ def test_a_cell_whose_l0_missed_gets_its_other_arms(bench, monkeypatch, tmp_path
     assert set(bench.ARMS) <= set(cell["arms"])
 
 
+def test_arms_that_are_apart_in_l0_are_matched_on_the_text_they_are_measured_on(bench, monkeypatch, tmp_path):
+    """What they measured as trained stays beside it."""
+
+    def call_with(tolerance):
+        monkeypatch.setattr(bench, "L0_TOLERANCE", tolerance)
+        call(bench, monkeypatch, "--arms", "--only", "topk")
+        (cell,) = read_json(tmp_path / "results" / "evidence.json")["cells"]
+        return cell
+
+    def forget():
+        (tmp_path / "results" / "evidence.json").unlink()
+
+    plain = call_with(1.0)
+    gap = max(l0s := [plain["arms"][arm]["l0"] for arm in ("teacher", *bench.MAIN)]) / min(l0s) - 1
+    assert plain["as_trained"] is None
+    assert gap > 0.005  # or there is nothing to show
+    forget()
+    cell = call_with(0.005)
+    was, now = cell["as_trained"], cell["arms"]
+    assert was["gap"] == pytest.approx(gap)
+    assert was["arms"] == {arm: plain["arms"][arm] for arm in bench.MAIN}
+    assert was["rsae_minus_control"] == plain["rsae_minus_control"] != cell["rsae_minus_control"]
+    assert now["teacher"] == plain["arms"]["teacher"]
+    for arm in bench.MAIN:
+        assert now[arm]["l0"] == pytest.approx(now["teacher"]["l0"], rel=0.005)
+    assert not cell["failed"]
+    assert "failed" not in cell["verdict"].values()
+    page = (tmp_path / "results" / "EVIDENCE.md").read_text()
+    assert "## Matched on the text they are measured on" in page
+    assert f"{gap:.1%}" in page
+
+
 def test_several_calls_share_the_grid(bench, monkeypatch, tmp_path):
     relu = next(cell for cell in bench.grid() if cell.family == "relu")
     measure = bench.attempt
