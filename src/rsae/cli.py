@@ -176,7 +176,10 @@ def upgrade(
         bool, typer.Option("--online", help="Store none to train on: the host runs while each arm trains.")
     ] = False,
     evaluation_tokens: Annotated[
-        int, typer.Option(help="Held-out tokens that the arms are compared on; the model's loss on the first 32,768.")
+        int,
+        typer.Option(
+            help="Held-out tokens that the arms are compared on; the model's loss on 32,768 of them, spread evenly."
+        ),
     ] = 200_000,
     recipe: Annotated[
         Literal["hard", "paper"],
@@ -383,7 +386,7 @@ def finetune(
     seed: Seed = 0,
     latent_shards: LatentShards = 1,
 ) -> None:
-    """Stage 2 alone: train one arm. Arms with the same seed, steps and activations see the same batches."""
+    """Stage 2 alone: train one arm. Arms with the same seed, batch size, steps and activations see the same batches."""
     with progress_shown() as progress:
         from rsae.finetune import FinetuneConfig, check_mesh, check_topk_l0
         from rsae.finetune import finetune as run

@@ -1,4 +1,4 @@
-"""Host language models: load one, read its residual stream, splice replacements into it and score the next token."""
+"""Host language models: load one, read its activations, splice replacements into it and score the next token."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class UpgradeConfig:
     context_length: int = 256
     """Tokens in a context."""
     degree: tuple[int, int] | None = None
-    """(p, q) of the rational; None: (3, 2) for ReLU, (9, 8) for JumpReLU and TopK."""
+    """(p, q) of the rational; None: (3, 2) for ReLU, (9, 8) for the others."""
     recipe: Recipe = "hard"
     """"hard": exact zeros, and the teacher's L0. "paper": the paper's dense gate, with an l1 price (`finetune.penalty`; None: 0.3).
     That has no zeros to count, so it is settled after training what is one: |z| <= eps is zeroed before anything is measured, eps
