@@ -85,7 +85,7 @@ FINETUNE = FinetuneConfig(
 
 
 class Rates(NamedTuple):
-    """Learning rates with which a control is better than with FINETUNE's (results/SEARCH.md; Gemma's: dev/LOG.md).
+    """Learning rates with which a control is better than with FINETUNE's (dev/LOG.md).
 
     Written out, as FINETUNE's are, so that cells stay what they are when the defaults of an upgrade change.
     """
@@ -97,7 +97,8 @@ class Rates(NamedTuple):
 
 
 RATES: dict[tuple[str, int, str], Rates] = {
-    **{("package:smollm2-135m", layer, "jumprelu"): Rates(2e-3) for layer in LAYERS["package:smollm2-135m"]},
+    **{("package:smollm2-135m", layer, "jumprelu"): Rates(4e-3, 3e-3) for layer in LAYERS["package:smollm2-135m"]},
+    ("package:smollm2-135m", 15, "batchtopk"): Rates(4e-3, 3e-3),
     ("package:gemma3-270m", 3, "jumprelu"): Rates(4e-3, 3e-2),
     ("package:gemma3-270m", 9, "jumprelu"): Rates(2e-3, 3e-3),
     ("package:gemma3-270m", 9, "batchtopk"): Rates(2e-3, 3e-3),
