@@ -58,6 +58,14 @@ def test_commands_on_two_ranks(tmp_path):
     assert refused.returncode != 0
     assert "rsae: error: a batch of 63 cannot be divided among 2 ranks" in refused.stderr  # before anything is read
     assert not (tmp_path / "control").exists()
+    for given, said in (
+        (("--l0", 4, "--objective", "l1", "--penalty", 1), "--l0 is what matched-l0 holds"),
+        (("--penalty", 1), "--penalty needs --objective l0 or l1"),
+    ):
+        refused = rsae(*train, "--acts", acts, *given)
+        assert refused.returncode == 2
+        assert f"rsae: error: {said}" in refused.stderr
+    assert not (tmp_path / "control").exists()
     done = torchrun(*train, "--acts", acts, "--batch-size", 64)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"fine-tuned: {tmp_path / 'control'}"]  # by the first rank alone

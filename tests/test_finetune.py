@@ -20,6 +20,7 @@ from sae_lens import (
 )
 
 from rsae import finetune as finetuning
+from rsae import pretrain as pretraining
 from rsae import sparse, trainees
 from rsae.calibrate import calibrate, counting_threshold, match_l0, mean_l0
 from rsae.finetune import FinetuneConfig, check_topk_l0, finetune, schedule, trainee_for
@@ -808,6 +809,34 @@ def test_pretrained_teachers_are_saelens_own_classes(teachers, data, held_out):
         assert type(sae) is kinds[family]
         assert fvu(sae, data) < 0.8 * fvu(initial_sae(family, data, d_sae=D_SAE, l0=L0, seed=0), data)
         assert mean_l0(sae, [held_out.x]) == pytest.approx(L0, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["relu", "jumprelu", "topk", "gated"])
+def test_a_teacher_goes_on_where_arithmetic_rounds_otherwise(family, data, held_out, tmp_path, monkeypatch):
+    """The start of its training is computed anew, and there comes out by a little otherwise."""
+    config = replace(SMALL, steps=20, checkpoint_every=5, target_l0=float(L0))
+    how = {"d_sae": D_SAE, "held_out": held_out, "out": tmp_path / "teacher"}
+
+    def stop(stage, done, total):
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(family, data, config, **how, progress=stop)
+    initial = pretraining.initial_sae
+
+    def rounded_otherwise(*arguments, **others):
+        sae = initial(*arguments, **others)
+        with torch.no_grad():
+            sae.get_parameter("b_gate" if family == "gated" else "b_enc").add_(1e-7)
+        return sae
+
+    monkeypatch.setattr(pretraining, "initial_sae", rounded_otherwise)
+    trained = pretrain(family, data, config, **how)
+    assert [json.loads(row)["step"] for row in (tmp_path / "teacher" / "log.jsonl").read_text().splitlines()][-1] == 20
+    assert torch.equal(pretrain(family, data, config, **how).W_dec, trained.W_dec)  # and is finished there
+    with pytest.raises(ValueError, match=r"another run \(another sae\)"):
+        pretrain(family, data, config, **{**how, "d_sae": D_SAE + 1})
 
 
 def test_pretrain_refuses():

@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,6 +340,9 @@ def test_the_paper_s_recipe_counts_as_many_latents_as_the_teacher(family, demo_r
     assert upgrade(demo_run[0] / family / "teacher", host, HOOK, text, run, config=config, trust=True) == metrics
     assert again["config"]["eps"] == eps
     assert again["rsae"]["l0"] < again["rsae_dense"]["l0"]
+    shutil.rmtree(run / "init")  # whoever is short of space
+    without, _ = evaluate_folder(run, host, HOOK, text, run / "acts" / "train", **acts)
+    assert without["rsae"] == again["rsae"]
     (run / "metrics.json").unlink()
     with pytest.raises(ValueError, match=r"no metrics\.json says what of it is counted"):
         evaluate_folder(run, host, HOOK, text, run / "acts" / "train", **acts)
@@ -432,6 +436,44 @@ def test_what_is_measured_before_an_upgrade_has_ended_is_not_taken_for_its_own(d
     assert read_json(tmp_path / "run" / "metrics.json") == metrics
 
 
+def test_a_run_inside_the_folder_that_is_read_as_text_is_refused(demo_run, host, text, tmp_path):
+    """Its log.jsonl would be text."""
+    shutil.copy(text, tmp_path)
+    teacher, out = demo_run[0] / "relu" / "teacher", tmp_path / "run"
+    calls = (
+        lambda: upgrade(teacher, host, HOOK, str(tmp_path), out, config=CONFIG),
+        lambda: upgrade_all([(teacher, HOOK)] * 2, host, str(tmp_path), out, config=CONFIG),
+        lambda: demo(out, host=host, hook=HOOK, text=str(tmp_path), config=CONFIG, teacher=TEACHER),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"whose files are read as text.*choose an --out elsewhere"):
+            call()
+    assert not out.exists()
+
+
+def test_a_run_that_begins_anew_keeps_the_activations(demo_run, host, text, tmp_path, monkeypatch):
+    """As after a divergence: everything but acts/ is deleted, and another rate tried."""
+    arguments = demo_run[0] / "topk" / "teacher", host, HOOK, text, tmp_path / "run"
+    upgrade(*arguments, config=CONFIG, trust=True)
+    slower = replace(CONFIG, finetune=replace(CONFIG.finetune, lr=5e-4))
+    with pytest.raises(ValueError, match=r"another lr\).*acts/ may stay"):
+        upgrade(*arguments, config=slower, trust=True)
+    for path in (tmp_path / "run").iterdir():
+        if path.name != "acts":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.setattr("rsae.harvest.run_batch", lambda *_: pytest.fail("harvested again"))
+    assert upgrade(*arguments, config=slower, trust=True)["rsae"]["fvu"] > 0
+
+
+def test_a_family_s_folder_is_measured_from_inside_it(demo_run, host, text, tmp_path, monkeypatch):
+    shutil.copytree(demo_run[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run" / "relu")
+    before = (tmp_path / "run" / "report.html").read_text()
+    found, _ = evaluate_folder(Path(), host, HOOK, text, None, tokens=200, ce_tokens=200, progress=None)
+    assert found == read_json("metrics.json")
+    assert (tmp_path / "run" / "report.html").read_text() != before
+
+
 def test_another_run_says_which_setting_differs(demo_run, host, text, tmp_path):
     config = replace(CONFIG, finetune=replace(CONFIG.finetune, steps=5))
     found = {"identity": json.loads(json.dumps({"text": text, "config": asdict(CONFIG)}))}
@@ -489,6 +531,44 @@ def test_several_teachers_killed_while_they_are_inspected(demo_run, host, text, 
     with pytest.raises(KeyboardInterrupt):
         upgrade_all(teachers, host, text, tmp_path / "run", **how, progress=stop)
     assert set(upgrade_all(teachers, host, text, tmp_path / "run", **how)) == {"1-teacher", "2-teacher"}
+
+
+def test_one_of_several_teachers_is_mended_after_the_inspection(demo_run, host, text, tmp_path, monkeypatch):
+    """Nothing is harvested by then, so that the folder is not yet this run's."""
+    mended = tmp_path / "mended"
+    shutil.copytree(demo_run[0] / "topk" / "teacher", mended)
+    teachers = [(demo_run[0] / "relu" / "teacher", HOOK), (mended, HOOK)]
+    inspect = pipeline.preflight
+
+    def contradicted(teacher, *arguments, **others):
+        verdict = {"verdict": "contradicted"} if teacher.family == "topk" else {"verdict": "consistent"}
+        return {**inspect(teacher, *arguments, **others), **verdict}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "preflight", contradicted)
+        with pytest.raises(ValueError, match="Mend the checkpoint"):
+            upgrade_all(teachers, host, text, tmp_path / "run", config=CONFIG)
+    sae = SAE.load_from_disk(mended)
+    sae.b_dec.data += 0.01
+    shutil.rmtree(mended)
+    sae.save_model(mended)
+    assert set(upgrade_all(teachers, host, text, tmp_path / "run", config=CONFIG, trust=True)) == {
+        "1-teacher",
+        "2-mended",
+    }
+
+
+def test_no_buffer_is_held_for_a_teacher_that_waits_to_be_measured(demo_run, host, text, tmp_path, monkeypatch):
+    measure = pipeline._Upgrade.measure
+
+    def without_buffer(job, data, progress):
+        assert data.train._buffer is None
+        measure(job, data, progress)
+
+    monkeypatch.setattr(pipeline._Upgrade, "measure", without_buffer)
+    teachers = [(demo_run[0] / family / "teacher", HOOK) for family in ("relu", "topk")]
+    config = replace(CONFIG, train_tokens=None)
+    assert len(upgrade_all(teachers, host, text, tmp_path / "run", config=config, trust=True)) == 2
 
 
 def test_another_hook_is_not_measured_with_these_activations(demo_run, host, text):

@@ -407,6 +407,15 @@ def finetune(
         config, mesh, loaded = FinetuneConfig(**chosen), Mesh.of(latent_shards), load_teacher(sae)
         check_mesh(loaded.sae, config, mesh, out)
         check_topk_l0(loaded.sae, l0)
+        if l0 is not None and objective != "matched-l0":
+            raise ValueError(
+                f"--l0 is what matched-l0 holds; with --objective {objective} the price decides: leave it out"
+            )
+        if penalty is not None and objective == "matched-l0" and loaded.family not in ("relu", "gated"):
+            raise ValueError(
+                "--penalty needs --objective l0 or l1: what holds L0 finds its own price (of a ReLU and a gated SAE it is where "
+                "that begins)"
+            )
         data, check = ActivationStore.open(acts), ActivationStore.open(held_out)
         data.check_same_source(check)
         run(loaded.sae, data, config, held_out=check, out=out, progress=progress, mesh=mesh)

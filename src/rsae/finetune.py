@@ -267,6 +267,7 @@ def finetune(
     *,
     held_out: Store,
     out: Path | None = None,
+    origin: str | None = None,
     progress: Progress | None = None,
     name: str = "finetune",
     mesh: Mesh = ALONE,
@@ -285,6 +286,7 @@ def finetune(
         held_out: activations on which L0 is measured and matched.
         out: folder for log.jsonl, checkpoint-STEP (while it runs) and the finished SAELens checkpoint. A run that was
             killed continues from its last checkpoint to the same result; a finished one is loaded.
+        origin: what `sae` is to a run in `out`, where another processor would make it of other weights; None: its weights' hash.
         progress, name: progress(name, steps done, steps).
         mesh: the ranks that train together (`Mesh.of`), each on its share of every batch and with its shard of the latents. What
             comes out is what one process gets, but for the rounding of sums, and a run may be continued by other ranks. No rank
@@ -311,7 +313,7 @@ def finetune(
     inputs = {
         "loop": kind_of(sae).loop,
         "config": asdict(config),
-        "sae": _hash_of(sae),
+        "sae": origin or _hash_of(sae),
         "data": data.fingerprint,
         "held_out": held_out.fingerprint,
     }

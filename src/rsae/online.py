@@ -126,6 +126,10 @@ class OnlineActivations:
         finally:
             self._buffer = buffer
 
+    def release(self) -> None:
+        """Give the memory of the buffer back; batches that are asked for again fill a new one."""
+        self._buffer = None
+
     def _fill(self, buffer: _Buffer, contexts: Iterable[tuple[int, list[Context]]]) -> None:
         """Run the host over these contexts."""
         buffer.of, buffer.held = None, 0

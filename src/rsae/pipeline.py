@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import sys
@@ -227,8 +228,8 @@ def upgrade_all(
     }
     loaded = {name: _upgradable(teacher, config, mesh, out / name) for name, (teacher, _) in named.items()}
     prints, hooks = [teacher.fingerprint for teacher in loaded.values()], [hook for _, hook in teachers]
-    identity = {"teachers": prints, "hooks": hooks, "host": host, **_read(text), "config": asdict(config)}
-    ledger = Ledger.open(out, identity, command, mesh=mesh)
+    identity = {"teachers": prints, "hooks": hooks, "host": host, **_read(text, out), "config": asdict(config)}
+    ledger = Ledger.open(out, identity, command, may_hold=("acts", *named), mesh=mesh)
     if not ledger.done:
         model = _load_host(host, ledger, progress, mesh)
         acts = {hook: out / "acts" / model.hook_point(hook).name for hook in hooks}
@@ -237,9 +238,9 @@ def upgrade_all(
             for name, (_, hook) in named.items()
         }
         left = {name: job for name, job in jobs.items() if not job.ledger.done}
-        ledger.write()  # the folder is this run's, whatever comes
         for job in left.values():
             job.inspect(model, trust, progress)
+        ledger.write()  # from here on the folder is this run's: before, a teacher that was contradicted could be mended
         with ledger.clock("harvest"):
             Data.gather_all(model, acts, text, config, progress, mesh)
         # All are trained before any is measured: the other ranks are then free
@@ -296,8 +297,14 @@ class _Upgrade:
         command: str | None,
     ) -> None:
         self.teacher, self.hook, self.text, self.out, self.config, self.mesh = teacher, hook, text, out, config, mesh
-        identity = {"teacher": teacher.fingerprint, "hook": hook, "host": host, **_read(text), "config": asdict(config)}
-        self.ledger = Ledger.open(out, identity, command, may_hold=("preflight.json",), mesh=mesh)
+        identity = {
+            "teacher": teacher.fingerprint,
+            "hook": hook,
+            "host": host,
+            **_read(text, out),
+            "config": asdict(config),
+        }
+        self.ledger = Ledger.open(out, identity, command, may_hold=("preflight.json", "acts"), mesh=mesh)
 
     def inspect(self, host: Host, trust: bool, progress: Progress | None) -> None:
         """Put the teacher's conventions to the test."""
@@ -315,7 +322,7 @@ class _Upgrade:
                     f"the teacher does not read as it declares: {'; '.join(found['warnings'])}. Mend the checkpoint, or say "
                     f"--trust to go on as it is declared ({self.out / 'preflight.json'} has all of it)"
                 )
-        self.ledger.write(preflight={name: found[name] for name in ("verdict", "warnings")})
+            self.ledger.about["preflight"] = {name: found[name] for name in ("verdict", "warnings")}
         if self.mesh.ranks.is_main:
             for warning in found["warnings"]:  # now, not when hours of training are over
                 warnings.warn(f"preflight of {self.out.name}: {warning}", stacklevel=2)
@@ -325,6 +332,8 @@ class _Upgrade:
         with self.ledger.clock("harvest"):
             data = Data.gather(host, self.hook, self.text, acts, self.config, progress, self.mesh)
         train_arms(self.out, self.teacher.sae, data, self.config, self.ledger, progress, self.mesh)
+        if isinstance(data.train, OnlineActivations):
+            data.train.release()  # other teachers are trained before this one is measured
         return data
 
     def measure(self, data: Data, progress: Progress | None) -> None:
@@ -382,7 +391,7 @@ def demo(
     if config.recipe != "hard":
         raise ValueError(f"the demo shows the default recipe; for {config.recipe!r}: rsae upgrade --recipe paper")
     identity = {
-        "host": host, "hook": hook, **_read(text), "config": asdict(config), "teacher": asdict(teacher),
+        "host": host, "hook": hook, **_read(text, out), "config": asdict(config), "teacher": asdict(teacher),
         "families": list(families),
     }  # fmt: skip
     ledger = Ledger.open(out, identity, command)
@@ -419,8 +428,13 @@ def demo(
     return results
 
 
-def _read(text: str) -> dict[str, str]:
-    """A text in a run's identity: its name, and what names its content."""
+def _read(text: str, out: Path) -> dict[str, str]:
+    """A text in a run's identity: its name, and what names its content, to which `out` must not add."""
+    if (folder := Path(text)).is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{out} lies in {text}, whose files are read as text, logs of the run among them: choose an --out elsewhere, or a "
+            "--text that does not hold it"
+        )
     return {"text": text, "text_content": text_fingerprint(text)}
 
 
@@ -521,6 +535,7 @@ def evaluate_folder(
     Returns:
         The contents of both; None for one that was not asked for.
     """
+    run = Path(os.path.abspath(run))  # of which "." has its parent too
     if tokens < 1 or ce_tokens < 1:
         raise ValueError(f"tokens and ce_tokens must be at least 1; got {tokens} and {ce_tokens}")
     arms = {arm: load_teacher(run / arm).sae for arm in ARMS if (run / arm / "cfg.json").exists()}
@@ -529,7 +544,7 @@ def evaluate_folder(
     teacher = None if identity_of is None else load_teacher(identity_of)
     if teacher is not None and not arms.keys() - {"teacher"}:
         raise ValueError(f"{run} holds the teacher alone: --identity compares other arms with it")
-    eps = counting_thresholds_of(run, arms)
+    eps = {arm: value for arm, value in counting_thresholds_of(run, arms).items() if arm in arms}
     store = ActivationStore.open(_acts_of(run, host, hook) if acts is None else acts)
     model = load_host(host, dtype=store.meta["config"]["dtype"])
     if not store.is_of(host, model.fingerprint, model.hook_point(hook).name):
@@ -638,7 +653,8 @@ class Ledger:
             found = read_json(file)
             if found.get("hash") != config_hash(json.loads(json.dumps(identity))):
                 raise ValueError(
-                    f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it"
+                    f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it (acts/ "
+                    "may stay: it is used again where it fits)"
                 )
         elif folder.exists() and any(p.name not in may_hold and not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run of rsae: choose another --out")

@@ -45,7 +45,10 @@ def pretrain(
     if config.target_l0 is None:
         raise ValueError("pretraining needs target_l0: how many latents a token should have")
     sae = initial_sae(family, data, d_sae=d_sae, l0=config.target_l0, seed=config.seed, metadata=metadata)
-    return finetune(sae, data, config, held_out=held_out, out=out, progress=progress, name=f"{family} teacher")
+    return finetune(
+        sae, data, config, held_out=held_out, out=out, origin=f"untrained {family}, d_sae {d_sae}", progress=progress,
+        name=f"{family} teacher",
+    )  # fmt: skip
 
 
 def initial_sae(

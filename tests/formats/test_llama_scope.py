@@ -123,7 +123,7 @@ def llama_scope(x: Tensor, weights: dict[str, Tensor], config: dict[str, Any]) -
     h = (x.double().numpy() - config["apply_decoder_bias_to_pre_encoder"] * decoder_bias) @ encoder + encoder_bias
     if config["act_fn"] == "relu":
         h = np.maximum(h, 0)
-    elif config["act_fn"] == "jumprelu" or config["jump_relu_threshold"] > 0:
+    elif config["act_fn"] == "jumprelu" or (config["jump_relu_threshold"] or 0) > 0:
         h = np.where(h > config["jump_relu_threshold"], h, 0)
     else:
         h = largest(h)
@@ -207,6 +207,7 @@ def test_llama_scope_computes_what_its_own_loader_does(
     [
         {"act_fn": "relu", "jump_relu_threshold": 0.0},
         {"act_fn": "topk", "jump_relu_threshold": 0.0},
+        {"act_fn": "topk", "jump_relu_threshold": None},
         {"act_fn": "topk", "jump_relu_threshold": 0.8},
         {"act_fn": "TopK", "jump_relu_threshold": 0.0, "sparsity_include_decoder_norm": False},
     ],

@@ -145,7 +145,7 @@ class _Config:
             self.refuse("act_fn", "it ranks the latents of a whole batch, so that a sample's depend on the others'")
         if act_fn not in FAMILIES:
             self.refuse("act_fn", f"known are {', '.join(FAMILIES)}")
-        if act_fn == "topk" and self.values.get("jump_relu_threshold", 0) > 0:
+        if act_fn == "topk" and (self.values.get("jump_relu_threshold") or 0) > 0:
             return "jumprelu"  # Llama Scope's loader prefers the threshold
         return FAMILIES[act_fn]
 
