@@ -516,6 +516,8 @@ def is_measured(cell: Cell, arms: Sequence[str], done: dict[str, Any] | None) ->
     """Whether what is known of a cell has these arms, with the settings and by the loop of now."""
     if not done or done["settings"] != config_hash(settings(cell)):
         return False
+    if done["failed"] and done["arms"] and not done.get("as_trained"):
+        return False  # from before arms that are apart in L0 were matched once more
     others = {name: setting_of_arm(name, cell) for name in arms if name not in MAIN}
     return not done["arms"] or others.items() <= done["other_arms"].items()
 
