@@ -392,6 +392,8 @@ def test_arms_too_far_apart_in_l0_have_failed(bench, monkeypatch, tmp_path):
     assert "rsae" in cell["arms"]
     assert set(cell["verdict"].values()) == {"failed"}
     assert "| relu |" not in (tmp_path / "README.md").read_text()  # no headline of a cell that has failed
+    assert bench.is_measured(bench.grid()[1], bench.MAIN, cell)
+    assert not bench.is_measured(bench.grid()[1], bench.MAIN, cell | {"as_trained": None})  # from before it was tried
     assert "| fvu | 0 | 0 | 0 | 1 |" in (tmp_path / "results" / "EVIDENCE.md").read_text()
 
 
