@@ -90,11 +90,11 @@ CHOSEN = _prose("""
     those that nothing was chosen on too.
 """)
 COVERS = _prose("""
-    **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor that
-    rounds the fit of the gate otherwise. Sets of documents, even of the same sources, differ by more than the interval over one
-    of them says (dev/LOG.md, "the control, searched"). A teacher trained again on another processor is another teacher: from
-    Gemma's JumpReLU at L0 16 the RSAE's difference in FVU was -2.5% both times, and in delta-CE -.030 [-.036, -.023] and then
-    -.060 [-.068, -.052], its control being .016 nats worse.
+    **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor
+    that rounds the fit of the gate otherwise. Sets of documents, even of the same sources, differ by more than the interval
+    over one of them says (dev/LOG.md, "the control, searched"). A teacher trained again on another processor is another
+    teacher: from Gemma's JumpReLU at L0 16, with an edge of before, the RSAE's difference in FVU was -2.5% both times, and
+    in delta-CE -.030 [-.036, -.023] and then -.060 [-.068, -.052], its control being .016 nats worse.
 """)
 DIFFERS = _prose("""
     **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU or gated control
