@@ -418,7 +418,8 @@ def _page(evidence: dict[str, Any]) -> str:
             "As trained, that is with L0 matched on validation text, teacher, control and RSAE of these cells were further than "
             "1% apart in L0 on the text that they are compared on. There control and RSAE were matched to the teacher's L0 once "
             "more, by one factor of all thresholds (a TopK has its L0 on any text), and above they stand as they then are: it "
-            "takes counts from this text, and no errors. As trained they measured, with nothing concluded from it:\n",
+            "takes counts from this text, and no errors. The rule was made after three cells had failed without it. As "
+            "trained they measured, with nothing concluded from it:\n",
             table(
                 ["host", "layer", "family", "d_sae", "L0", "seed", "L0 as trained: control, RSAE", "apart",
                  "RSAE - control, FVU", "RSAE - control, delta-CE"],
