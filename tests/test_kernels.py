@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rsae import kernels, sparse
 from rsae.minimax import fit_gate
-from rsae.rational import rational, sample_scale
+from rsae.rational import Surrogate, hard_edge, rational, sample_scale
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (7, 33, 17), (64, 100, 48), (13, 257, 640), (5, 700, 200)]
 
@@ -163,6 +163,46 @@ def test_sums_and_products_over_entries(plain, batch, d_sae, d, density) -> None
         torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=2e-5)
         # without the kernels the products are made in bfloat16
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * d**0.5)
+
+
+@pytest.mark.parametrize(("n", "d"), [(0, 3), (1, 1), (5, 17), (40, 640)])
+def test_rows_back_to_their_norms(plain, n, d) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows, norms = torch.randn(n, d, generator=generator), torch.rand(n, 1, generator=generator) + 0.5
+    rows[:1] = 0.0
+    plain(False)
+    found = rows.clone()
+    kernels.usable(found, norms).rescale_rows(found, norms)
+    torch.testing.assert_close(found, rows * norms / rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
+
+
+@pytest.mark.parametrize("n", [1, 255, 257, 3000])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "surrogate",
+    [
+        Surrogate("rectangle", 0.5, strength=0.0),
+        Surrogate("jump-corrected", 0.5, strength=0.2),
+        Surrogate("jump-corrected", 3.0, strength=1.0, price=0.3),
+    ],
+)
+def test_the_edge_and_its_gradients(plain, n, weighted, surrogate) -> None:
+    generator = torch.Generator().manual_seed(n)
+    grad, curvature, weight = (torch.rand(n, generator=generator) for _ in range(3))
+    given = [torch.rand(n, generator=generator) + shift for shift in (0.5, 0.0, 0.2)]
+    given[2][::7] = 0.0  # a threshold that nothing is near
+
+    def gradients():
+        amplitude, h, threshold = (tensor.clone().requires_grad_() for tensor in given)
+        z = hard_edge(amplitude, h, threshold, h > threshold, surrogate, curvature, weight if weighted else None)
+        z.backward(grad - 0.5)
+        return z.detach(), amplitude.grad, h.grad, threshold.grad
+
+    for slow, fast in zip(*both(plain, gradients), strict=True):
+        if slow is None:
+            assert fast is None
+        else:
+            torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5 * float(slow.abs().max()))
 
 
 def value_and_gradients(fit, tensors, grad):

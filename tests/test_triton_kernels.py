@@ -19,7 +19,7 @@ from rsae import kernels, sparse
 from rsae.calibrate import calibrate
 from rsae.finetune import FinetuneConfig, trainee_for
 from rsae.minimax import fit_gate
-from rsae.rational import rational, sample_scale
+from rsae.rational import Surrogate, hard_edge, rational, sample_scale
 from rsae.sae import RationalSAE
 from rsae.trainees import ThresholdTrainee, TopKTrainee
 
@@ -283,6 +283,42 @@ def test_nan_passes_through(both: Both) -> None:
         assert out.isnan().tolist() == [False, True, False]
 
 
+# -- The edge, and the norms -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 1023, 3000])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "surrogate",
+    [Surrogate("rectangle", strength=0.0), Surrogate("jump-corrected"), Surrogate("jump-corrected", 3.0, price=0.3)],
+)
+def test_the_edge_and_its_gradients(both: Both, n: int, weighted: bool, surrogate: Surrogate) -> None:
+    given = [randn(n, seed=seed).abs() + 0.1 for seed in range(3)]
+    given[2][::7] = 0.0  # a threshold that nothing is near
+    grad, curvature, weight = randn(n, seed=3), randn(n, seed=4).abs(), randn(n, seed=5).abs() if weighted else None
+
+    def gradients() -> tuple[Tensor | None, ...]:
+        amplitude, h, threshold = (tensor.clone().requires_grad_() for tensor in given)
+        z = hard_edge(amplitude, h, threshold, h > threshold, surrogate, curvature, weight)
+        z.backward(grad)
+        return z.detach(), amplitude.grad, h.grad, threshold.grad
+
+    for slow, fast in zip(*both(gradients), strict=True):
+        if slow is None:
+            assert fast is None
+        else:
+            close(fast, slow)
+
+
+@pytest.mark.parametrize(("n", "d"), [(0, 3), (1, 1), (5, 1500)])
+def test_rows_back_to_their_norms(n: int, d: int) -> None:
+    rows, norms = randn(n, d), randn(n, 1, seed=1).abs()
+    rows[:1] = 0.0
+    found = rows.clone()
+    triton_kernels.rescale_rows(found, norms)
+    close(found, rows * norms / rows.norm(dim=1, keepdim=True).clamp(min=1e-8))
+
+
 # -- Together ----------------------------------------------------------------------------------------------------------
 
 
@@ -316,11 +352,11 @@ import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from rsae import kernels, sparse
-from rsae.rational import rational
+from rsae.rational import Surrogate, hard_edge, rational
 assert "rsae.triton_kernels" not in sys.modules
 from rsae import triton_kernels
 
-types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.bool: "i1"}
 
 def typed(argument):
     if isinstance(argument, torch.Tensor):
@@ -353,6 +389,10 @@ for batch, d_sae, d, k in ((4, 300, 5, 3), (1, 2, 1, 1)):
         entries.dots(torch.ones(batch, d), torch.ones(d_sae, d))
     rational(torch.ones(batch), *coeffs, torch.tensor(1.0), torch.tensor(1.0), 0.0, 1.0).sum().backward()
     rational(torch.ones(batch).bfloat16(), *coeffs, torch.ones(batch), torch.ones(batch), 0.0, 1.0).sum().backward()
+    for weight in (None, torch.ones(batch)):
+        h = torch.ones(batch, requires_grad=True)
+        hard_edge(h, h, torch.ones(batch), h > 0, Surrogate(), torch.ones(batch), weight).sum().backward()
+    triton_kernels.rescale_rows(torch.ones(batch, d), torch.ones(batch, 1))
 '''
 
 
@@ -363,4 +403,4 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 7  # one for each kernel
+    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 10  # one for each kernel

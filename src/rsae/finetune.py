@@ -374,6 +374,8 @@ def take_step(
         Of the whole batch: loss; squared error and variance about `mean`, summed over d_in and averaged over tokens; L0.
     """
     mesh = trainee.mesh
+    # Before anything else: the batch is in the cache
+    variance = F.mse_loss(raw, mean.expand_as(raw), reduction="sum") / (len(raw) * trainee.error_unit**2)
     optimizer.zero_grad()
     result = trainee(trainee.inputs(raw))
     result.loss.backward()
@@ -381,7 +383,6 @@ def take_step(
         mesh.sum_gradients(*trainee.for_ranks())
     optimizer.step()
     trainee.constrain()
-    variance = F.mse_loss(raw, mean.expand_as(raw), reduction="sum") / (len(raw) * trainee.error_unit**2)
     found = mesh.data.mean(
         torch.stack([result.loss.detach(), result.squared_error.detach(), variance, result.l0.detach()])
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -57,8 +57,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def sort_by_key(self, key: Int[Tensor, " n"], offsets: Int[Tensor, " keys"]) -> Int[Tensor, " n"]:
-        """The order that sorts by key, given where each key begins; those of a key as they come."""
+    def sort_by_key(self, key: Int[Tensor, " n"], n_keys: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n_keys"]]:
+        """The order that sorts by key, those of a key as they come; and where each of 0, 1, ... n_keys - 1 begins in it."""
         ...
 
     def sum_groups(
@@ -97,6 +97,10 @@ class Kernels(Protocol):
         """For each latent the sum of weight * a[row] over its entries (`sum_groups`), and for each entry `dots`."""
         ...
 
+    def rescale_rows(self, rows: Float[Tensor, "n d"], norms: Float[Tensor, "n 1"]) -> None:
+        """Each row to its norm, in place."""
+        ...
+
     def rational_forward(
         self, h: Tensor, C_in: Tensor, C_out: Tensor, num: Tensor, den: Tensor, centre: float, scale: float
     ) -> Tensor:
@@ -117,6 +121,35 @@ class Kernels(Protocol):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients in h, C_in, C_out, num and den; `_prime`: coefficients of the derivatives."""
+        ...
+
+    def edge_gain(
+        self,
+        amplitude: Float[Tensor, " n"],
+        h: Float[Tensor, " n"],
+        threshold: Float[Tensor, " n"],
+        on: Bool[Tensor, " n"],
+        grad: Float[Tensor, " n"],
+        curvature: Float[Tensor, " n"] | None,
+        weight: Float[Tensor, " n"] | None,
+        bandwidth: float,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " 2"]]:
+        """L_on - L_off of `rsae.rational.hard_edge` in the window, 0 outside it; the sums of it and of the weights there."""
+        ...
+
+    def edge_backward(
+        self,
+        gain: Float[Tensor, " n"],
+        h: Float[Tensor, " n"],
+        threshold: Float[Tensor, " n"],
+        on: Bool[Tensor, " n"],
+        grad: Float[Tensor, " n"],
+        weight: Float[Tensor, " n"] | None,
+        price: Float[Tensor, ""],
+        bandwidth: float,
+        strength: float,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None, Float[Tensor, " n"]]:
+        """Gradients of `rsae.rational.hard_edge` in the amplitude, h (None without `strength`) and the threshold."""
         ...
 
 
@@ -182,25 +215,25 @@ class Compiled:
         scale, edge = torch.empty(batch, 1, dtype=torch.float32), torch.empty(batch, dtype=torch.float32)
         count = torch.empty(batch, dtype=torch.int64)
         room = k or 0 if exact else min(d_sae, max(ROOM, 4 * (k or 0)))
-        found = torch.empty(batch, room, dtype=torch.int32)
+        found, near = torch.empty(batch, room, dtype=torch.int32), torch.empty(batch, room, dtype=torch.bfloat16)
         given = given if given is None else given.float().contiguous()
         self.call(
             "count_entries", batch, d_sae, h, inverse, k or 0, float(alpha), float(share), int(exact), smallest, given, scale,
-            edge, count, room, found,
+            edge, count, room, found, near,
         )  # fmt: skip
         offsets = count.cumsum(0) - count
         n = int(count.sum())
         latents, rows = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
         values = torch.empty(n, dtype=torch.float32)
         self.call(
-            "fill_entries", batch, d_sae, h, inverse, edge, offsets, count, room, found, latents, rows, values
+            "fill_entries", batch, d_sae, h, inverse, edge, offsets, count, room, found, near, latents, rows, values
         )  # fmt: skip
         return scale, rows, latents, values
 
-    def sort_by_key(self, key: Tensor, offsets: Tensor) -> Tensor:
-        order = torch.empty_like(key)
-        self.call("sort_by_key", len(order), key, offsets.clone(), order)
-        return order
+    def sort_by_key(self, key: Tensor, n_keys: int) -> tuple[Tensor, Tensor]:
+        order, offsets = torch.empty_like(key), key.new_empty(n_keys)
+        self.call("sort_by_key", len(order), n_keys, key, offsets, order)
+        return order, offsets
 
     def sum_groups(
         self, offsets: Tensor, order: Tensor | None, index: Tensor, weights: Tensor, vectors: Tensor
@@ -230,6 +263,9 @@ class Compiled:
         sums, out = torch.empty_like(b), torch.empty_like(weights)
         self.call("sum_and_dots", len(b), b.shape[1], offsets, len(out), order, rows, weights, a, b, sums, out)
         return sums, out
+
+    def rescale_rows(self, rows: Tensor, norms: Tensor) -> None:
+        self.call("rescale_rows", *rows.shape, rows, norms)
 
     def rational_forward(
         self, h: Tensor, C_in: Tensor, C_out: Tensor, num: Tensor, den: Tensor, centre: float, scale: float
@@ -270,6 +306,44 @@ class Compiled:
             d_num.sum(0),
             d_den.sum(0),
         )
+
+    def edge_gain(
+        self,
+        amplitude: Tensor,
+        h: Tensor,
+        threshold: Tensor,
+        on: Tensor,
+        grad: Tensor,
+        curvature: Tensor | None,
+        weight: Tensor | None,
+        bandwidth: float,
+    ) -> tuple[Tensor, Tensor]:
+        blocks, gain = -(-len(h) // BLOCK), torch.empty_like(h)
+        sums = torch.empty(blocks, 2, dtype=torch.float64)
+        self.call(
+            "edge_gain", blocks, len(h), amplitude, h, threshold, on, grad, curvature, weight, float(bandwidth), gain, sums
+        )  # fmt: skip
+        return gain, sums.sum(0).float()
+
+    def edge_backward(
+        self,
+        gain: Tensor,
+        h: Tensor,
+        threshold: Tensor,
+        on: Tensor,
+        grad: Tensor,
+        weight: Tensor | None,
+        price: Tensor,
+        bandwidth: float,
+        strength: float,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        d_amplitude, d_threshold = torch.empty_like(h), torch.empty_like(h)
+        d_h = torch.empty_like(h) if strength else None
+        self.call(
+            "edge_backward", -(-len(h) // BLOCK), len(h), gain, h, threshold, on, grad, weight, price, float(bandwidth),
+            float(strength), d_amplitude, d_h, d_threshold,
+        )  # fmt: skip
+        return d_amplitude, d_h, d_threshold
 
 
 def _passed(argument: Tensor | int | float | None) -> Any:

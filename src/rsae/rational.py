@@ -241,26 +241,41 @@ class _HardEdge(torch.autograd.Function):
         total: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(amplitude, h, threshold, on, curvature, weight)
-        ctx.surrogate, ctx.total = surrogate, total
-        return torch.where(on, amplitude, 0.0)
+        ctx.surrogate = surrogate
+
+        def price(sums: Tensor) -> Tensor:
+            """Of one active latent, given the sums over the window of L_on - L_off and of the weights."""
+            if surrogate.price is not None:
+                return sums.new_tensor(surrogate.price)
+            signals, weights = sums if total is None else total(sums)
+            return -signals / weights.clamp(min=1)
+
+        ctx.price = price
+        return amplitude * on
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         amplitude, h, threshold, on, curvature, weight = ctx.saved_tensors
-        (grad,) = grad_outputs
+        grad = grad_outputs[0].contiguous()
         surrogate: Surrogate = ctx.surrogate
+        if surrogate.kind != "jump-corrected":
+            curvature = None
+        listed = [t for t in (amplitude, h, threshold, grad, curvature, weight) if t is not None]
+        is_list = h.ndim == 1 and h.numel() > 0 and all(t.shape == h.shape for t in listed)
+        if is_list and (lib := kernels.usable(*listed)) is not None:
+            gain, sums = lib.edge_gain(amplitude, h, threshold, on, grad, curvature, weight, surrogate.bandwidth)
+            price = ctx.price(sums)
+            found = lib.edge_backward(
+                gain, h, threshold, on, grad, weight, price, surrogate.bandwidth, surrogate.strength
+            )
+            return *found, None, None, None, None, None
         width = surrogate.bandwidth * threshold
         window = _window(h - threshold, width)
         gain = amplitude * grad  # L_on - L_off, to first order
-        if surrogate.kind == "jump-corrected":
-            assert curvature is not None
+        if curvature is not None:
             gain = gain + torch.where(on, -1.0, 1.0) * curvature * amplitude**2
         weight = 1 if weight is None else weight
-        price = surrogate.price
-        if price is None:
-            sums = torch.stack([(window * gain).sum(), (window * weight).sum()])
-            signals, weights = sums if ctx.total is None else ctx.total(sums)
-            price = -signals / weights.clamp(min=1)
+        price = ctx.price(torch.stack([(window * gain).sum(), (window * weight).sum()]))
         edge = window * (gain + price * weight) / torch.where(width > 0, width, 1.0)  # per unit of h
         d_h = surrogate.strength * edge if surrogate.strength else None
         d_threshold = (-edge * (h / torch.where(threshold > 0, threshold, 1.0))).sum_to_size(threshold.shape)

@@ -122,10 +122,10 @@ class Entries:
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " d_sae"]]:
         """The order that sorts the entries by latent, and where those of each latent begin in it."""
-        offsets = _offsets(self.latents, self.shape[1])
         if (lib := kernels.usable(self.latents, dtype=torch.int64)) is not None:
-            return lib.sort_by_key(self.latents, offsets), offsets
-        return self.latents.argsort(stable=True), offsets
+            return lib.sort_by_key(self.latents, self.shape[1])
+        latents, order = self.latents.sort(stable=True)
+        return order, _offsets(latents, self.shape[1])
 
     def sum_by_row(self, weights: Float[Tensor, " n"], vectors: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
         """For each row: the sum over its entries of weight * vectors[latent]."""
@@ -184,9 +184,8 @@ def _summed(values: Float[Tensor, " n"], entries: Entries) -> Float[Tensor, " d_
 
 
 def _offsets(index: Int[Tensor, " n"], bins: int) -> Int[Tensor, " bins"]:
-    # As torch.bincount, which would wait for a GPU to tell it the largest
-    counts = torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
-    return counts.cumsum(0) - counts
+    """Where each of 0, 1, ... bins - 1 begins in a sorted index."""
+    return torch.searchsorted(index, torch.arange(bins, device=index.device))
 
 
 def pre_activations(

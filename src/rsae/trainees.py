@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rsae import sparse
+from rsae import kernels, sparse
 from rsae.calibrate import is_active
 from rsae.cpu import prefers_bfloat16
 from rsae.mesh import ALONE, Mesh, is_per_latent
@@ -189,7 +189,7 @@ class Trainee(nn.Module, ABC):
 
     def l0(self, z: Tensor, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
         """Mean number of latents of a sample that are not 0."""
-        return self.mesh.latents.sum((z != 0).sum() / len(x))
+        return self.mesh.latents.sum(z.count_nonzero() / len(x))
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Step:
@@ -198,7 +198,11 @@ class Trainee(nn.Module, ABC):
     @torch.no_grad()
     def constrain(self) -> None:
         """After an optimizer step: decoder rows back to their norms."""
-        if self.W_dec.requires_grad:
+        if not self.W_dec.requires_grad:
+            return
+        if (lib := kernels.usable(self.W_dec, self.norms)) is not None:
+            lib.rescale_rows(self.W_dec, self.norms)
+        else:
             self.W_dec.mul_(self.norms / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     def begin(self, x: Float[Tensor, "batch d_in"]) -> None:

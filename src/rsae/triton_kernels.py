@@ -160,8 +160,9 @@ def _two_largest(h: Tensor, inverse: Tensor | None, k: int) -> Tensor:
     return found
 
 
-def sort_by_key(key: Tensor, offsets: Tensor) -> Tensor:
-    return key.int().argsort(stable=True)  # a radix sort: half the bits, half the time
+def sort_by_key(key: Tensor, n_keys: int) -> tuple[Tensor, Tensor]:
+    key, order = key.int().sort(stable=True)  # a radix sort: half the bits, half the time
+    return order, torch.searchsorted(key, torch.arange(n_keys, dtype=torch.int32, device=key.device))
 
 
 # -- Sums over entries -------------------------------------------------------------------------------------------------
@@ -236,6 +237,25 @@ def sum_and_dots(
     b: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return sum_groups(offsets, order, rows, weights, a), dots(rows, row_offsets, latents, a, b)
+
+
+@triton.jit
+def _rescale_kernel(rows, norms, d, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, d, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(rows + row * d + at, at < d, other=0.0).to(tl.float32)
+        squares += x * x
+    by = tl.load(norms + row) / tl.maximum(tl.sqrt(tl.sum(squares)), 1e-8)
+    for start in range(0, d, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(rows + row * d + at, by * tl.load(rows + row * d + at, at < d, other=0.0).to(tl.float32), at < d)
+
+
+def rescale_rows(rows: Tensor, norms: Tensor) -> None:
+    n, d = rows.shape
+    _launch(_rescale_kernel, (n,), rows, norms, d, BLOCK=BLOCK)
 
 
 # -- The rational gate -------------------------------------------------------------------------------------------------
@@ -357,3 +377,93 @@ def rational_backward(
         d_num,
         d_den,
     )
+
+
+# -- The hard edge -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _is_near(x, threshold, bandwidth):
+    return tl.abs(x - threshold) < 0.5 * (bandwidth * threshold)
+
+
+@triton.jit
+def _edge_gain_kernel(
+    amplitude, h, threshold, on, grad, curvature, weight, gain, partial, n, bandwidth, BLOCK: tl.constexpr
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    x, t = tl.load(h + at, mask, other=float("inf")), tl.load(threshold + at, mask, other=1.0)
+    near = mask & _is_near(x, t, bandwidth)
+    a = tl.load(amplitude + at, mask, other=0.0)
+    jump = a * tl.load(grad + at, mask, other=0.0)
+    if curvature is not None:
+        second = tl.load(curvature + at, mask, other=0.0) * (a * a)
+        jump += tl.where(tl.load(on + at, mask, other=0) != 0, -second, second)
+    jump = tl.where(near, jump, 0.0)
+    tl.store(gain + at, jump, mask)
+    paid = near.to(tl.float32)
+    if weight is not None:
+        paid = tl.where(near, tl.load(weight + at, mask, other=0.0), 0.0)
+    tl.store(partial + 2 * program, tl.sum(jump))
+    tl.store(partial + 2 * program + 1, tl.sum(paid))
+
+
+@triton.jit
+def _edge_backward_kernel(
+    gain, h, threshold, on, grad, weight, price, d_amplitude, d_h, d_threshold, n, bandwidth, strength, BLOCK: tl.constexpr
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    x, t = tl.load(h + at, mask, other=float("inf")), tl.load(threshold + at, mask, other=1.0)
+    near = mask & _is_near(x, t, bandwidth)  # never where the threshold is 0
+    x, t = tl.where(near, x, 0.0), tl.where(near, t, 1.0)
+    paid = tl.load(price)
+    if weight is not None:
+        paid = paid * tl.load(weight + at, mask, other=0.0)
+    edge = tl.where(near, (tl.load(gain + at, mask, other=0.0) + paid) / (bandwidth * t), 0.0)
+    g = tl.load(grad + at, mask, other=0.0)
+    tl.store(d_amplitude + at, tl.where(tl.load(on + at, mask, other=0) != 0, g, 0.0), mask)
+    if d_h is not None:
+        tl.store(d_h + at, strength * edge, mask)
+    tl.store(d_threshold + at, -edge * (x / t), mask)
+
+
+def edge_gain(
+    amplitude: Tensor,
+    h: Tensor,
+    threshold: Tensor,
+    on: Tensor,
+    grad: Tensor,
+    curvature: Tensor | None,
+    weight: Tensor | None,
+    bandwidth: float,
+) -> tuple[Tensor, Tensor]:
+    programs, gain = _programs(len(h), BLOCK), torch.empty_like(h)
+    partial = h.new_empty(programs, 2)
+    _launch(
+        _edge_gain_kernel, (programs,), amplitude, h, threshold, on, grad, curvature, weight, gain, partial, len(h), bandwidth,
+        BLOCK=BLOCK,
+    )  # fmt: skip
+    return gain, partial.sum(0)
+
+
+def edge_backward(
+    gain: Tensor,
+    h: Tensor,
+    threshold: Tensor,
+    on: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    price: Tensor,
+    bandwidth: float,
+    strength: float,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    d_amplitude, d_threshold = torch.empty_like(h), torch.empty_like(h)
+    d_h = torch.empty_like(h) if strength else None
+    _launch(
+        _edge_backward_kernel, (_programs(len(h), BLOCK),), gain, h, threshold, on, grad, weight, price, d_amplitude, d_h,
+        d_threshold, len(h), bandwidth, strength, BLOCK=BLOCK,
+    )  # fmt: skip
+    return d_amplitude, d_h, d_threshold
