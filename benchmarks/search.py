@@ -139,6 +139,8 @@ class Variation:
         with ExitStack() as stack:
             if self.kernel is not None:
                 stack.enter_context(mock.patch.object(rational, "_window", self.kernel))
+                # which know the rectangle alone
+                stack.enter_context(mock.patch.object(rational, "_edge_kernels", lambda *entries: None))
             if self.is_signed:
                 stack.enter_context(mock.patch.object(finetuning, "ThresholdTrainee", SignedTrainee))
             if self.auxiliary is not None:

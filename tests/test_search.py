@@ -40,6 +40,23 @@ def test_the_kernels_are_densities_and_of_one_variance(search):
     assert not search.own_derivative(torch.zeros(3), torch.zeros(3)).any()
 
 
+def test_the_loop_trains_by_the_kernel_that_was_asked_for(search):
+    def threshold_gradient():
+        threshold = torch.tensor([1.0], requires_grad=True)
+        h = torch.tensor([1.1])
+        surrogate = rational.Surrogate("rectangle", bandwidth=0.5, price=1.0)
+        rational.hard_edge(h, h, threshold, h > 1, surrogate).backward(torch.zeros(1))
+        return threshold.grad
+
+    density = {}
+    for kernel in (rational._window, search.triangle, search.gaussian, search.own_derivative):
+        with search.Variation(kernel=kernel).in_the_loop():
+            density[kernel] = threshold_gradient()
+        expected = kernel(torch.tensor([0.1]), torch.tensor([0.5]))
+        torch.testing.assert_close(density[kernel] / density[rational._window], expected)
+    torch.testing.assert_close(threshold_gradient(), density[rational._window])
+
+
 @pytest.mark.parametrize("family", ["jumprelu", "topk"])
 def test_a_gate_with_two_sides_is_what_was_trained(search, family):
     data, held_out = MemoryStore(1000, seed=0), MemoryStore(500, seed=1)

@@ -260,9 +260,7 @@ class _HardEdge(torch.autograd.Function):
         surrogate: Surrogate = ctx.surrogate
         if surrogate.kind != "jump-corrected":
             curvature = None
-        listed = [t for t in (amplitude, h, threshold, grad, curvature, weight) if t is not None]
-        is_list = h.ndim == 1 and h.numel() > 0 and all(t.shape == h.shape for t in listed)
-        if is_list and (lib := kernels.usable(*listed)) is not None:
+        if (lib := _edge_kernels(h, amplitude, threshold, grad, curvature, weight)) is not None:
             gain, sums = lib.edge_gain(amplitude, h, threshold, on, grad, curvature, weight, surrogate.bandwidth)
             price = ctx.price(sums)
             found = lib.edge_backward(
@@ -280,6 +278,13 @@ class _HardEdge(torch.autograd.Function):
         d_h = surrogate.strength * edge if surrogate.strength else None
         d_threshold = (-edge * (h / torch.where(threshold > 0, threshold, 1.0))).sum_to_size(threshold.shape)
         return torch.where(on, grad, 0.0), d_h, d_threshold, None, None, None, None, None
+
+
+def _edge_kernels(h: Tensor, *others: Tensor | None) -> kernels.Kernels | None:
+    """The kernels, if they take these: a list of entries, with a threshold for each."""
+    given = [h, *(t for t in others if t is not None)]
+    fits = h.ndim == 1 and h.numel() > 0 and all(t.shape == h.shape for t in given)
+    return kernels.usable(*given) if fits else None
 
 
 def _window(distance: Tensor, width: Tensor) -> Tensor:
