@@ -140,7 +140,7 @@ class Variation:
             if self.kernel is not None:
                 stack.enter_context(mock.patch.object(rational, "_window", self.kernel))
                 # which know the rectangle alone
-                stack.enter_context(mock.patch.object(rational, "_edge_kernels", lambda *entries: None))
+                stack.enter_context(mock.patch.object(rational, "_edge_kernels", return_value=None))
             if self.is_signed:
                 stack.enter_context(mock.patch.object(finetuning, "ThresholdTrainee", SignedTrainee))
             if self.auxiliary is not None:
