@@ -112,16 +112,16 @@ DIFFERS = _prose("""
     apart the arms with revival and without the rational have a little fewer alive than the control, and with it as many.
 """)
 NOT_HERE = _prose("""
-    **What is not here.** SmolLM2's BatchTopK and its JumpReLU of layer 25; Gemma's JumpReLU of layer 3. (What was measured
-    of most with a recipe of before stays in evidence.json, and is to be measured again. Layer 3's was lost, with a higher
-    price on crowds: FVU by 3.3% and dense latents by 0.11 point; delta-CE was won by .098, and latents alive, 97.5 beside
-    88.5%. Its teacher's thresholds learned too slowly, and it ended worse than it had been; dev/LOG.md has others.) A
-    teacher of 16 K latents. Parts apart, identity and probing of the cells that do not stand under these heads below,
-    Gemma's among them. Tables of the loss recovered, KL and histograms, which are in evidence.json alone. Teachers that
-    others trained, on 20 M tokens or more: these are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted
-    from the input (how others are brought into that form is tested on small data, and was seen on one of these, rewritten:
-    dev/LOG.md). More than one seed at other sparsities and layers. The model's loss is measured on a part of the tokens,
-    for what it costs on two processors.
+    **What is not here.** SmolLM2's BatchTopK; Gemma's JumpReLU of layer 3. (What was measured of most with a recipe of
+    before stays in evidence.json, and is to be measured again. Layer 3's was lost, with a higher price on crowds: FVU by
+    3.3% and dense latents by 0.11 point; delta-CE was won by .098, and latents alive, 97.5 beside 88.5%. Its teacher's
+    thresholds learned too slowly, and it ended worse than it had been; dev/LOG.md has others.) A teacher of 16 K latents.
+    Parts apart, identity and probing of the cells that do not stand under these heads below, Gemma's among them. Tables of
+    the loss recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained, on 20 M tokens or
+    more: these are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are
+    brought into that form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed
+    at other sparsities and layers. The model's loss is measured on a part of the tokens, for what it costs on two
+    processors.
 """)
 Cell = dict[str, Any]
 
