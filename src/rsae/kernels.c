@@ -13,6 +13,7 @@
 
 typedef int64_t i64;
 
+/* Values of a mask; entries written of each, there or not; keys, and elements of the rational gate, at a time. */
 enum { LANES = 64, SOME = 3, PADDED = 16, BLOCK = 256 };
 
 /* Floats in a vector register. */
