@@ -241,16 +241,7 @@ class _HardEdge(torch.autograd.Function):
         total: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(amplitude, h, threshold, on, curvature, weight)
-        ctx.surrogate = surrogate
-
-        def price(sums: Tensor) -> Tensor:
-            """Of one active latent, given the sums over the window of L_on - L_off and of the weights."""
-            if surrogate.price is not None:
-                return sums.new_tensor(surrogate.price)
-            signals, weights = sums if total is None else total(sums)
-            return -signals / weights.clamp(min=1)
-
-        ctx.price = price
+        ctx.surrogate, ctx.total = surrogate, total
         return amplitude * on
 
     @staticmethod
@@ -262,7 +253,7 @@ class _HardEdge(torch.autograd.Function):
             curvature = None
         if (lib := _edge_kernels(h, amplitude, threshold, grad, curvature, weight)) is not None:
             gain, sums = lib.edge_gain(amplitude, h, threshold, on, grad, curvature, weight, surrogate.bandwidth)
-            price = ctx.price(sums)
+            price = _price(sums, surrogate, ctx.total)
             found = lib.edge_backward(
                 gain, h, threshold, on, grad, weight, price, surrogate.bandwidth, surrogate.strength
             )
@@ -273,7 +264,7 @@ class _HardEdge(torch.autograd.Function):
         if curvature is not None:
             gain = gain + torch.where(on, -1.0, 1.0) * curvature * amplitude**2
         weight = 1 if weight is None else weight
-        price = ctx.price(torch.stack([(window * gain).sum(), (window * weight).sum()]))
+        price = _price(torch.stack([(window * gain).sum(), (window * weight).sum()]), surrogate, ctx.total)
         edge = window * (gain + price * weight) / torch.where(width > 0, width, 1.0)  # per unit of h
         d_h = surrogate.strength * edge if surrogate.strength else None
         d_threshold = (-edge * (h / torch.where(threshold > 0, threshold, 1.0))).sum_to_size(threshold.shape)
@@ -285,6 +276,16 @@ def _edge_kernels(h: Tensor, *others: Tensor | None) -> kernels.Kernels | None:
     given = [h, *(t for t in others if t is not None)]
     fits = h.ndim == 1 and h.numel() > 0 and all(t.shape == h.shape for t in given)
     return kernels.usable(*given) if fits else None
+
+
+def _price(
+    sums: Float[Tensor, " 2"], surrogate: Surrogate, total: Callable[[Tensor], Tensor] | None
+) -> Float[Tensor, ""]:
+    """What one active latent of weight 1 costs, given the sums over the window of L_on - L_off and of the weights."""
+    if surrogate.price is not None:
+        return sums.new_full((), surrogate.price)
+    signals, weights = sums if total is None else total(sums)
+    return -signals / weights.clamp(min=1)
 
 
 def _window(distance: Tensor, width: Tensor) -> Tensor:

@@ -394,18 +394,19 @@ def _edge_gain_kernel(
     program = tl.program_id(0).to(tl.int64)
     at = program * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
-    x, t = tl.load(h + at, mask, other=float("inf")), tl.load(threshold + at, mask, other=1.0)
+    x = tl.load(h + at, mask, other=float("inf")).to(tl.float32)
+    t = tl.load(threshold + at, mask, other=1.0).to(tl.float32)
     near = mask & _is_near(x, t, bandwidth)
-    a = tl.load(amplitude + at, mask, other=0.0)
-    jump = a * tl.load(grad + at, mask, other=0.0)
+    a = tl.load(amplitude + at, mask, other=0.0).to(tl.float32)
+    jump = a * tl.load(grad + at, mask, other=0.0).to(tl.float32)
     if curvature is not None:
-        second = tl.load(curvature + at, mask, other=0.0) * (a * a)
+        second = tl.load(curvature + at, mask, other=0.0).to(tl.float32) * (a * a)
         jump += tl.where(tl.load(on + at, mask, other=0) != 0, -second, second)
     jump = tl.where(near, jump, 0.0)
     tl.store(gain + at, jump, mask)
     paid = near.to(tl.float32)
     if weight is not None:
-        paid = tl.where(near, tl.load(weight + at, mask, other=0.0), 0.0)
+        paid = tl.where(near, tl.load(weight + at, mask, other=0.0).to(tl.float32), 0.0)
     tl.store(partial + 2 * program, tl.sum(jump))
     tl.store(partial + 2 * program + 1, tl.sum(paid))
 
@@ -416,14 +417,15 @@ def _edge_backward_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
-    x, t = tl.load(h + at, mask, other=float("inf")), tl.load(threshold + at, mask, other=1.0)
+    x = tl.load(h + at, mask, other=float("inf")).to(tl.float32)
+    t = tl.load(threshold + at, mask, other=1.0).to(tl.float32)
     near = mask & _is_near(x, t, bandwidth)  # never where the threshold is 0
     x, t = tl.where(near, x, 0.0), tl.where(near, t, 1.0)
     paid = tl.load(price)
     if weight is not None:
-        paid = paid * tl.load(weight + at, mask, other=0.0)
-    edge = tl.where(near, (tl.load(gain + at, mask, other=0.0) + paid) / (bandwidth * t), 0.0)
-    g = tl.load(grad + at, mask, other=0.0)
+        paid = paid * tl.load(weight + at, mask, other=0.0).to(tl.float32)
+    edge = tl.where(near, (tl.load(gain + at, mask, other=0.0).to(tl.float32) + paid) / (bandwidth * t), 0.0)
+    g = tl.load(grad + at, mask, other=0.0).to(tl.float32)
     tl.store(d_amplitude + at, tl.where(tl.load(on + at, mask, other=0) != 0, g, 0.0), mask)
     if d_h is not None:
         tl.store(d_h + at, strength * edge, mask)
@@ -440,8 +442,8 @@ def edge_gain(
     weight: Tensor | None,
     bandwidth: float,
 ) -> tuple[Tensor, Tensor]:
-    programs, gain = _programs(len(h), BLOCK), torch.empty_like(h)
-    partial = h.new_empty(programs, 2)
+    programs, gain = _programs(len(h), BLOCK), torch.empty_like(h, dtype=torch.float32)
+    partial = h.new_empty(programs, 2, dtype=torch.float32)
     _launch(
         _edge_gain_kernel, (programs,), amplitude, h, threshold, on, grad, curvature, weight, gain, partial, len(h), bandwidth,
         BLOCK=BLOCK,
