@@ -415,7 +415,8 @@ def setting_of_arm(name: str, cell: Cell) -> dict[str, Any]:
 def about(cell: Cell, data: Data, arms: Iterable[str]) -> dict[str, Any]:
     """What a cell is, and what was tried of it."""
     return {
-        "host": cell.host, "hook": cell.hook, "is_middle": cell.layer == LAYERS[cell.host][1],
+        "host": cell.host, "host_dtype": data.host.dtype_name, "hook": cell.hook,
+        "is_middle": cell.layer == LAYERS[cell.host][1],
         "expansion": cell.expansion, "family": cell.family, "d_sae": cell.expansion * data.train.d_in,
         "target_l0": cell.l0, "seed": cell.seed, "train_tokens": FINETUNE.steps * BATCH, "teacher_tokens": TEACHER.steps * BATCH,
         "unique_tokens": data.train.n_tokens, "settings": config_hash(settings(cell)),
@@ -433,7 +434,7 @@ def started() -> dict[str, Any]:
 def gather(cell: Cell, progress: Progress | None, hooks: Iterable[str] = ()) -> Data:
     """The host of a cell, and the activations that all cells of its hook share; those of other hooks are read in the same pass."""
     folders = {hook: RUNS / "acts" / short(cell.host) / hook for hook in dict.fromkeys([cell.hook, *hooks])}
-    host = load_host(cell.host, dtype=torch.bfloat16)  # whatever the processor likes best: all cells alike
+    host = load_host(cell.host)
     host.activations = remembered(host, folders)
     host.token_losses = with_ablations_remembered(host, folders)
     with locked(RUNS / "acts" / short(cell.host)):
