@@ -285,7 +285,8 @@ def run(cell: Cell, arms: Sequence[str], data: Data, out: Path, progress: Progre
     """Train and measure a cell; its entry in evidence.json."""
     _peak_memory_gb(reset=True)
     teacher = trained(cell, data, out / "teacher", progress)
-    write_json(out / "run.json", {"identity": {"host": cell.host, "hook": cell.hook}})  # for `rsae probe`
+    of_run = {"identity": {"host": cell.host, "hook": cell.hook}, "host_dtype": data.host.dtype_name}
+    write_json(out / "run.json", of_run)  # for `rsae probe`
     l0 = mean_l0(teacher, HeldOut(data.validation))
     saes: dict[str, Any] = {"teacher": teacher}
     if len(arms) > len(MAIN):

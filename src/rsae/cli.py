@@ -258,12 +258,12 @@ def inspect(
         from rsae.preflight import preflight
         from rsae.teachers import load_teacher
 
-        loaded = load_teacher(teacher)
+        loaded = load_teacher(teacher, progress=progress)
         subject = {"fingerprint": loaded.fingerprint, "host": host, "hook": hook, "text": text}
         _refuse_another(out / "preflight.json", subject)
         found = preflight(
-            loaded, load_host(host), hook, text, tokens=tokens, context_length=context_length, out=out / "preflight.json",
-            progress=progress,
+            loaded, load_host(host, progress=progress), hook, text, tokens=tokens, context_length=context_length,
+            out=out / "preflight.json", progress=progress,
         )  # fmt: skip
     _print_preflight(found)
     print(f"written: {out / 'preflight.json'}")
@@ -299,7 +299,7 @@ def harvest(
         ranks = Ranks.current()
         check_ranks(ranks, tokens, context_length)
         with ranks.main_first():  # which converts a packaged model
-            loaded = load_host(host)
+            loaded = load_host(host, progress=progress)
         folders = {name: out / name for name in hook} if len(hook) > 1 else {hook[0]: out}
         stores = harvest_all(
             loaded, folders, text, n_tokens=tokens, split=split, context_length=context_length, progress=progress
@@ -346,7 +346,7 @@ def init(
     degree: Annotated[tuple[int, int] | None, typer.Option(help="P Q; default by family, as in the paper.")] = None,
 ) -> None:
     """Stage 1 alone: a teacher's weights with a rational gate that reproduces it."""
-    with progress_shown():
+    with progress_shown() as progress:
         from itertools import islice
 
         from rsae.calibrate import calibrate
@@ -357,7 +357,7 @@ def init(
 
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty: choose another --out")
-        store, read = ActivationStore.open(acts), load_teacher(teacher).sae
+        store, read = ActivationStore.open(acts), load_teacher(teacher, progress=progress).sae
         check_trainable(read)
         check_width(read, store.d_in)
         sae = RationalSAE.from_teacher(read, degree, support=support)
@@ -404,7 +404,8 @@ def finetune(
         }
         if lr is not None:
             chosen["lr"] = lr
-        config, mesh, loaded = FinetuneConfig(**chosen), Mesh.of(latent_shards), load_teacher(sae)
+        config, mesh = FinetuneConfig(**chosen), Mesh.of(latent_shards)
+        loaded = load_teacher(sae, progress=progress)
         check_mesh(loaded.sae, config, mesh, out)
         check_topk_l0(loaded.sae, l0)
         if l0 is not None and objective != "matched-l0":

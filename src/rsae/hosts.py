@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rsae.artefacts import read_json, sha256_file, write_json
+from rsae.artefacts import Progress, read_json, sha256_file, write_json
 from rsae.cpu import prefers_bfloat16
+from rsae.hub import snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -291,7 +292,13 @@ class Host:
             handle.remove()
 
 
-def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str | None = None) -> Host:
+def load_host(
+    spec: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Host:
     """Load a host: a hub id, a local transformers directory, or a packaged model (`package:gemma3-270m`).
 
     Args:
@@ -300,6 +307,7 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
             `centred:` before it (`centred:gpt2`) the host's activations are centred, for SAEs that were trained on such.
         dtype: of the weights, or its name; if None bfloat16, or float32 on a CPU that is faster so (`rsae.cpu.prefers_bfloat16`).
         device: "cuda" where there is one, else "cpu", if None.
+        progress: told how far a download is.
 
     Raises:
         ValueError: unknown model, missing package or missing tokenizer; the message says what to do.
@@ -311,6 +319,8 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
     path, fingerprint = spec.removeprefix(CENTRED), None
     if path.startswith("package:"):
         path, fingerprint = _packaged(path)
+    elif progress is not None and not Path(path).exists():
+        _download(path, progress)
     try:
         with _no_progress_bars():
             config = AutoConfig.from_pretrained(path)
@@ -344,6 +354,17 @@ def load_host(spec: str, *, dtype: torch.dtype | str | None = None, device: str 
     return Host(
         model, tokenizer, spec=spec, fingerprint=f"{CENTRED if is_centred else ''}{fingerprint}", is_centred=is_centred
     )
+
+
+def _download(repo: str, progress: Progress) -> None:
+    """Have the hub's cache hold what a language model is usually read from. What else it needs transformers finds itself."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    with suppress(OSError, HfHubHTTPError, HFValidationError):  # of which transformers says more
+        snapshot(
+            repo, wanted=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"], left=["*/*", "consolidated*"],
+            progress=progress,
+        )  # fmt: skip
 
 
 def named_in_checkpoints(spec: str, hook: str, *, prepend_bos: bool, context_size: int) -> dict[str, Any]:

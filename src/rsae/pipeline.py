@@ -182,7 +182,7 @@ def upgrade(
             `trust` is not set; `out` holds another run.
     """
     config, out = config or UpgradeConfig(), Path(out)
-    job = _Upgrade(_upgradable(teacher, config, mesh, out), host, hook, text, out, config, mesh, command)
+    job = _Upgrade(_upgradable(teacher, config, mesh, out, progress), host, hook, text, out, config, mesh, command)
     if not job.ledger.done:
         model = _load_host(host, job.ledger, progress, mesh)
         job.inspect(model, trust, progress)
@@ -226,7 +226,7 @@ def upgrade_all(
         f"{i}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(teacher).name)}": (teacher, hook)
         for i, (teacher, hook) in enumerate(teachers, 1)
     }
-    loaded = {name: _upgradable(teacher, config, mesh, out / name) for name, (teacher, _) in named.items()}
+    loaded = {name: _upgradable(teacher, config, mesh, out / name, progress) for name, (teacher, _) in named.items()}
     prints, hooks = [teacher.fingerprint for teacher in loaded.values()], [hook for _, hook in teachers]
     identity = {"teachers": prints, "hooks": hooks, "host": host, **_read(text, out), "config": asdict(config)}
     ledger = Ledger.open(out, identity, command, may_hold=("acts", *named), mesh=mesh)
@@ -260,9 +260,11 @@ def _measured(run: Path) -> dict[str, Any]:
     return read_json(kept if kept.exists() else run / "metrics.json")
 
 
-def _upgradable(teacher: str | Path, config: UpgradeConfig, mesh: Mesh, out: Path) -> Teacher:
+def _upgradable(
+    teacher: str | Path, config: UpgradeConfig, mesh: Mesh, out: Path, progress: Progress | None
+) -> Teacher:
     """The teacher, loaded, if it is one that `upgrade` takes."""
-    loaded = load_teacher(teacher)
+    loaded = load_teacher(teacher, progress=progress)
     check_trainable(loaded.sae)
     if config.recipe == "paper" and isinstance(loaded.sae, RationalSAE):
         raise ValueError(
@@ -443,7 +445,7 @@ def _load_host(spec: str, ledger: Ledger, progress: Progress | None, mesh: Mesh 
     if progress is not None:
         progress("load the model", 0, 1)
     with mesh.ranks.main_first():  # which makes what a packaged host is read from
-        host = load_host(spec, dtype=ledger.host_dtype)
+        host = load_host(spec, dtype=ledger.host_dtype, progress=progress)
     ledger.about["host_dtype"] = host.dtype_name
     if progress is not None:
         progress("load the model", 1, 1)
@@ -541,12 +543,12 @@ def evaluate_folder(
     arms = {arm: load_teacher(run / arm).sae for arm in ARMS if (run / arm / "cfg.json").exists()}
     if not arms:
         raise ValueError(f"{run} holds none of {', '.join(ARMS)}: is it a run folder?")
-    teacher = None if identity_of is None else load_teacher(identity_of)
+    teacher = None if identity_of is None else load_teacher(identity_of, progress=progress)
     if teacher is not None and not arms.keys() - {"teacher"}:
         raise ValueError(f"{run} holds the teacher alone: --identity compares other arms with it")
     eps = {arm: value for arm, value in counting_thresholds_of(run, arms).items() if arm in arms}
     store = ActivationStore.open(_acts_of(run, host, hook) if acts is None else acts)
-    model = load_host(host, dtype=store.meta["config"]["dtype"])
+    model = load_host(host, dtype=store.meta["config"]["dtype"], progress=progress)
     if not store.is_of(host, model.fingerprint, model.hook_point(hook).name):
         raise ValueError(
             f"{store.path} holds activations of {store.host} at {store.hook}; what is measured is {host} at {hook}"

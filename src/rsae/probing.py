@@ -227,7 +227,8 @@ def probe(
     if seeds < SEEDS:
         raise ValueError(f"seeds must be at least {SEEDS}, for a spread, got {seeds}")
     names = _known(names)
-    host, hook = load_host(identity["host"], dtype=recorded.get("host_dtype", "bfloat16")), identity["hook"]
+    dtype, hook = recorded.get("host_dtype", "bfloat16"), identity["hook"]
+    host = load_host(identity["host"], dtype=dtype, progress=progress)
     host.hook_point(hook)
     for arm, teacher in arms.items():
         if teacher.sae.cfg.d_in != host.d_model or teacher.sae.cfg.d_sae < max(KS):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from rsae.artefacts import config_hash, sha256_file
+from rsae.artefacts import Progress, config_hash, sha256_file
 from rsae.teachers import dictionary_learning, gemma_scope, hub, llama_scope, named, openai, saelens, sparsify
 from rsae.teachers.checkpoint import Reading, Tensors
 
@@ -38,13 +38,14 @@ class Teacher:
     """Hash of the weights and of what the configuration makes of them, by which a run recognises its teacher."""
 
 
-def load_teacher(path_or_spec: str | Path, *, device: str = "cpu") -> Teacher:
+def load_teacher(path_or_spec: str | Path, *, device: str = "cpu", progress: Progress | None = None) -> Teacher:
     """Load a checkpoint of any format that is known, as a SAELens SAE in float32. Nothing in it is executed.
 
     Args:
         path_or_spec: a local folder or file: SAELens, Gemma Scope, dictionary_learning, sparsify, OpenAI, Llama Scope and
             llamascopium, plain tensors with a rsae.yaml that names them, or an RSAE; or from the hub "RELEASE:SAE_ID" (as SAELens
             lists them), "OWNER/REPO" or "OWNER/REPO:PATH" with any of these.
+        progress: told how far a download is.
 
     Returns:
         Teacher, whose `.sae` is a SAELens StandardSAE, JumpReLUSAE, TopKSAE, GatedSAE or a RationalSAE.
@@ -58,7 +59,7 @@ def load_teacher(path_or_spec: str | Path, *, device: str = "cpu") -> Teacher:
         reading = read(Path(path_or_spec))
     else:
         repo, inner, release = hub.locate(source)
-        path = hub.download(repo, inner)
+        path = hub.download(repo, inner, progress)
         if release is not None and (saelens.matches(path) or not any(reader.matches(path) for reader in FORMATS)):
             # SAELens' list of releases carries corrections to what their configurations say
             reading = Reading(

@@ -10,6 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsae.artefacts import Progress
+from rsae.hub import snapshot
+
 if TYPE_CHECKING:
     from sae_lens import SAE
 
@@ -40,20 +43,19 @@ def locate(spec: str) -> tuple[str, str, str | None]:
     return name, inner, None
 
 
-def download(repo: str, inner: str) -> Path:
+def download(repo: str, inner: str, progress: Progress | None = None) -> Path:
     """The local copy of a path in a repository, from the hub or from its cache.
 
     Raises:
         ValueError: the hub did not give it.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     inner = inner.strip("/")
     name = f"{repo}:{inner}" if inner else repo
     wanted, left = _wanted(inner)
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=left))
+        folder = snapshot(repo, wanted=wanted, left=left, progress=progress)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"teacher {name}: there is no such local folder, and the hub did not give it ({' '.join(str(error).split())})"
