@@ -178,18 +178,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
     keep_pages()
-    found = [measure(*size) for size in SIZES]
     if as_json:
+        found = [measure(*size) for size in SIZES]
         print(json.dumps({**found[0], "others": found[1:], "machine": machine()}))
         return
     print(machine())
-    for row in found:
+    for size in SIZES:
+        row = measure(*size)
         print(
             f"step of {row['size']}, L0 {L0}, {row['entries_per_token']:.0f} entries a token: {row['vs_floor']} floors"
         )
         for name, value in row["ms"].items():
             times = row.get(f"vs_{name.removeprefix('rsae_')}")
-            print(f"  {name:<14}{value:>8.1f} ms" + ("" if name in ("rsae", "floor") else f"  {times:>6.2f} x ours"))
+            text = "" if name in ("rsae", "floor") else f"  {times:>6.2f} x ours"
+            print(f"  {name:<14}{value:>8.1f} ms{text}", flush=True)
 
 
 if __name__ == "__main__":

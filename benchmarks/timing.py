@@ -25,13 +25,19 @@ def median_ms(step: Callable[[], object], runs: int = 12, warmup: int = 3) -> fl
     return median([milliseconds(step) for _ in range(runs + warmup)][warmup:])
 
 
-def taking_turns(steps: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, list[float]]:
+def taking_turns(
+    steps: Mapping[str, Callable[[], object]], rounds: int = 9, *, least: int = 3, seconds: float = 60.0
+) -> dict[str, list[float]]:
     """Milliseconds of each step in each round. Whatever else the machine does in a round, it does to all of them.
 
-    A step is called twice in a round, and the second call counts: what the other steps left in the caches is gone by then.
+    A step is called twice in a round, and the second call counts: what the other steps left in the caches is gone by then. After
+    `seconds` no round is begun but for the `least`: in bfloat16, which many processors have no units for, a step may take ten.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
+    began = time.monotonic()
+    for done in range(-1, rounds):  # the first is not counted
+        if done >= least and time.monotonic() - began > seconds:
+            break
         for name, step in steps.items():
             step()
             times[name].append(milliseconds(step))
