@@ -23,7 +23,7 @@ import torch
 from benchmarks.timing import machine
 
 from rsae.artefacts import sha256_file, write_json, write_safetensors
-from rsae.cpu import keep_pages
+from rsae.cpu import keep_pages, prefers_bfloat16
 from rsae.harvest import ActivationStore, harvest_all
 from rsae.hosts import load_host
 from rsae.text import documents, pack
@@ -88,7 +88,8 @@ def reading(folder: Path) -> dict[str, float]:
     write_json(
         folder / "meta.json", {"complete": True, "d_in": D_IN, "config": config, "sinks": sinks, "shards": shards}
     )
-    weights, x = torch.randn(D_SAE, D_IN).bfloat16(), torch.randn(BATCH, D_IN).bfloat16()
+    dtype = torch.bfloat16 if prefers_bfloat16() else torch.float32  # a step's products, as long as one takes
+    weights, x = torch.randn(D_SAE, D_IN, dtype=dtype), torch.randn(BATCH, D_IN, dtype=dtype)
 
     def product() -> None:
         torch.nn.functional.linear(x, weights)

@@ -3,8 +3,7 @@
     python -m benchmarks.scaling [--json] [--quick]
 
 One size varies at a time about d_in 640, d_sae 5,120, L0 32, batches of 2,048. The floor is that of `benchmarks.step`: the
-encoder's product in bfloat16, Adam over both matrices, a pass over the pre-activations. Cost grows as the work if the last column
-stays level.
+encoder's product, Adam over both matrices, a pass over the pre-activations. Cost grows as the work if the last column stays level.
 """
 
 from __future__ import annotations
