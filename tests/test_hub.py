@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +13,7 @@ from threading import Thread
 
 import pytest
 import torch
-from tiny_host import save_tiny
+from tiny_host import save_text, save_tiny
 
 from rsae.hosts import load_host
 from rsae.hub import snapshot
@@ -25,6 +28,8 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     given: list[str]
+    """Of them those that were asked for."""
+    address: str
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -76,6 +81,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
         "HF_HUB_OFFLINE": False,
     }.items():
         monkeypatch.setattr(constants, name, value)
+    Here.address = address
     yield Here
     server.shutdown()
     server.server_close()
@@ -113,3 +119,18 @@ def test_hosts_and_teachers_tell_it_too(hub, tmp_path, make_teacher) -> None:
     told.clear()
     assert load_teacher("org/repo:layer", progress=lambda *so_far: told.append(so_far)).family == "jumprelu"
     assert told[-1] == ("org/repo (MB)", 1, 1)
+
+
+def test_the_command_shows_it(hub, tmp_path) -> None:
+    save_tiny(tmp_path / "host")
+    text = save_text(tmp_path / "text.jsonl", documents=30)
+    hub.files = {file.name: file.read_bytes() for file in (tmp_path / "host").iterdir()}
+    command = [sys.executable, "-m", "rsae.cli", "harvest", "--host", "org/repo", "--hook", "blocks.0.hook_resid_post"]
+    done = subprocess.run(
+        [*command, "--text", text, "--tokens", "200", "--context-length", "32", "--out", str(tmp_path / "acts")],
+        env=os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "org/repo (MB): 1 of 1" in done.stderr
+    assert done.stderr.index("org/repo (MB)") < done.stderr.index("harvest: ")

@@ -609,7 +609,7 @@ def progress_shown() -> Iterator[Any]:
             task = bars.tasks[bars.task_ids.index(tasks[stage])]
             if done < task.completed:  # a stage of this name has come again
                 bars.reset(tasks[stage], total=total)
-            bars.update(tasks[stage], completed=done, rate=_rate(done, task.elapsed or 0.0))
+            bars.update(tasks[stage], completed=done, total=total, rate=_rate(done, task.elapsed or 0.0))
 
         yield progress
 
