@@ -85,7 +85,7 @@ FINETUNE = FinetuneConfig(
 
 
 class Rates(NamedTuple):
-    """Learning rates with which a control is better than with FINETUNE's (dev/LOG.md).
+    """Learning rates with which a control is better than with FINETUNE's, or a teacher than with TEACHER's (dev/LOG.md).
 
     Written out, as FINETUNE's are, so that cells stay what they are when the defaults of an upgrade change.
     """
@@ -94,12 +94,14 @@ class Rates(NamedTuple):
     """Of the weights, in all fine-tuned arms."""
     control: float = GATE_LR
     """Of the control's own thresholds, alone."""
+    teacher: float = TEACHER.gate_lr
+    """Of the teacher's thresholds, as it is trained from scratch."""
 
 
 RATES: dict[tuple[str, int, str], Rates] = {
     **{("package:smollm2-135m", layer, "jumprelu"): Rates(4e-3, 3e-3) for layer in LAYERS["package:smollm2-135m"]},
     ("package:smollm2-135m", 15, "batchtopk"): Rates(4e-3, 3e-3),
-    ("package:gemma3-270m", 3, "jumprelu"): Rates(4e-3, 3e-2),
+    ("package:gemma3-270m", 3, "jumprelu"): Rates(4e-3, 3e-2, teacher=3e-3),
     ("package:gemma3-270m", 9, "jumprelu"): Rates(2e-3, 3e-3),
     ("package:gemma3-270m", 9, "batchtopk"): Rates(2e-3, 3e-3),
     ("package:gemma3-270m", 14, "jumprelu"): Rates(4e-3, 3e-3),
@@ -199,6 +201,11 @@ def rates(cell: Cell) -> Rates:
     return RATES.get((cell.host, cell.layer, cell.family), Rates(FINETUNE.lr))
 
 
+def teaching(cell: Cell) -> FinetuneConfig:
+    """How the teacher of a cell is trained, but for its L0 and seed."""
+    return replace(TEACHER, gate_lr=rates(cell).teacher)
+
+
 def fine_tuning(cell: Cell) -> FinetuneConfig:
     """How the arms of a cell are fine-tuned, before `change` changes one."""
     return replace(FINETUNE, lr=rates(cell).lr)
@@ -246,7 +253,7 @@ def trained(cell: Cell, data: Data, out: Path, progress: Progress | None) -> SAE
         elif read_json(record) != how:
             raise ValueError(f"{out} was trained otherwise: expected {how} in {record}. Move the cell's folder away")
         return load_teacher(out).sae
-    how = replace(TEACHER, target_l0=float(cell.l0), seed=cell.seed)
+    how = replace(teaching(cell), target_l0=float(cell.l0), seed=cell.seed)
     return pretrain(
         cell.family, data.train, how, d_sae=cell.expansion * data.train.d_in, held_out=data.validation, metadata=metadata,
         out=out, progress=progress,
@@ -398,7 +405,7 @@ def settings(cell: Cell) -> dict[str, Any]:
     data = asdict(DATA)
     del data["finetune"]
     return {
-        "text": TEXT, "teacher": BATCHTOPK if cell.family == "batchtopk" else asdict(TEACHER),
+        "text": TEXT, "teacher": BATCHTOPK if cell.family == "batchtopk" else asdict(teaching(cell)),
         "finetune": asdict(fine_tuning(cell)), "data": data,
         "arms": {name: setting_of_arm(name, cell) for name in MAIN},
     }  # fmt: skip

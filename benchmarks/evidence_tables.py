@@ -42,86 +42,114 @@ STEPS = (
 )
 """What is compared: from the RSAE to its control, one thing less at a time; then by way of the jump-corrected gradient alone."""
 CHOSEN_ON = {
-    16: ("smollm2-135m relu", "smollm2-135m jumprelu", "smollm2-135m topk", "gemma3-270m relu", "gemma3-270m jumprelu"),
-    32: (
-        "smollm2-135m jumprelu",
-        "smollm2-135m topk",
-        "gemma3-270m jumprelu",
-        "gemma3-270m topk",
-        "gemma3-270m batchtopk",
-    ),
-    64: ("smollm2-135m relu", "smollm2-135m jumprelu", "smollm2-135m topk", "gemma3-270m jumprelu"),
+    ("smollm2-135m", "15"): {"relu": (16, 64), "jumprelu": (16, 32, 64), "topk": (16, 32, 64)},
+    ("gemma3-270m", "9"): {"relu": (16,), "jumprelu": (16, 32, 64), "topk": (32,), "batchtopk": (32,)},
+    ("gemma3-270m", "3"): {"jumprelu": (32,)},
+    ("gemma3-270m", "14"): {"relu": (32,), "jumprelu": (32,), "topk": (32,)},
 }
-"""By L0 the teachers, of the middle layers, that the default recipe was chosen on, or revised after; with seed 0."""
+"""By host and layer the teachers, and their L0s, that the default recipe was chosen on or revised after; with seed 0."""
 
 
 def _prose(text: str) -> str:
-    return " ".join(text.split()) + "\n"
+    """Paragraphs and lists as Markdown, a line for each paragraph or point."""
+    parts = re.split(r"\n(?:[ ]*\n)?(?=[ ]*- )|\n[ ]*\n", text.strip())
+    text = ""
+    for line in (" ".join(part.split()) for part in parts):
+        text += ("\n" if line.startswith("- ") and text.rpartition("\n\n")[2].startswith("- ") else "\n\n") + line
+    return text.strip() + "\n"
 
 
+WORDS = _prose("""
+    ## The words
+
+    - *FVU*: sum ||x - x_hat||^2 / sum ||x - mean||^2. *delta-CE*: what the SAE, spliced into the model, adds to its loss, in
+      nats per token. *alive*: latents that fire on the measured tokens; *dense*: that fire on more than 10% of them.
+    - *edge*: the jump of a gate at a latent's threshold. The true gradient is 0 there; one is estimated from the activations in
+      a window about it, either as a *rectangle* (first order) or *jump-corrected* (with the second-order term of the jump).
+      *Strength*: the share of it that reaches the encoder too; all of it reaches the threshold.
+    - *price*: what being active costs a latent, set in each batch so that L0 stays. On *crowds*, with a crowding c: times 1 + c
+      s, where s is the latent's share of all that is active. *Sparing*: latents that are rarely active pay less.
+    - *following*, alpha: thresholds scale with the sample. 1 is TopK's rule, 0 a threshold that is fixed.
+""")
 CHOSEN = _prose("""
-    **What the settings were chosen on.** The default recipe was chosen (dev/LOG.md) on cells of the middle layers, L0 32,
-    TopK and JumpReLU, with seed 0: on validation documents of the sources that are evaluated here, but not blindly. Three
-    of these cells had been measured here with the recipe as it was before, lost in dense latents, and tied in Gemma's
-    delta-CE from a TopK; the price on crowds and other settings of the edge were then found, on validation documents, to
-    mend that. A loss at L0 64, SmolLM2's JumpReLU, then showed that the price grew with L0: it was put into units of a
-    latent's share of all that is active, and tried on validation documents there. Seven other cells at L0 16 and 64 had
-    been measured here by then, and spoke for that change. At L0 32 it changes nothing (320/32 is the 10 of before): the
-    settings of 18 cells were restated in the new unit, and not measured again. All other cells are measured with a recipe
-    that was not chosen on them, and are counted apart. The control was searched too, on teachers of earlier versions of the
-    loop, one seed each and by fewer tries than the recipe took ([SEARCH.md](SEARCH.md)). Both arms have the learning rate
-    that the control was best with there, but for these. Gemma's TopK: its control is better by 0.27% of FVU at 2e-3 than at
-    the 1e-3 that it has. A JumpReLU's own thresholds were too slow at the rate of a rational gate, which all controls had
-    at first: on Gemma that was most of what the RSAE was ahead by at layer 9, and all of it at layer 3, where the control
-    came out worse than its teacher. Of each of Gemma's layers the control has the rates, for weights and thresholds, with
-    which its FVU was lowest on validation documents (dev/LOG.md), and the RSAE that of the weights and the default of its
-    gate. At layer 3 they are the fastest that were tried, so that faster ones may be better yet, and the control has lost a
-    tenth of its teacher's latents, as this text has them. Other seeds and sparsities, and the BatchTopK, have layer 9's.
-    All of SmolLM2's have those of its middle layer, L0 32, found likewise: a rate of the weights with which twice as many
-    latents are dense, in both arms. The edge of an RSAE from a JumpReLU, and that it spares latents that are rarely active,
-    was then found on validation documents of Gemma's three layers, L0 32, seed 0, by some twenty tries, and its price on
-    crowds after some fifty more, eight of them on L0 16 and 64 and the BatchTopK: those cells and their other seeds count
-    as chosen on. With the higher price that stood between, five cells had been measured here: layers 14 and 3 were lost in
-    FVU, by 0.2 and 3.3%, and then the price was changed. JumpReLUs measured with an edge or rates of before, some of
-    SmolLM2's among them, are no longer here. The rates of ReLU and gated were not searched. A JumpReLU control on SmolLM2
-    that is trained at 0.9 or 0.8 of its L0, and opened at the end, is better in delta-CE than one that is not, by .006 and
-    .010 on validation documents; an RSAE that is trained so gains as well, and stays ahead. Neither is done here. SmolLM2's
-    TopK control has 0.05% less FVU at 2e-3, within the interval. All cells of a host are measured on the same documents,
-    those that nothing was chosen on too.
+    ## What the settings were chosen on
+
+    The recipe was chosen on validation documents, which are of the sources that are evaluated here, and not blindly: some cells
+    had been measured before a setting was changed. Cells that a setting was chosen on, or that spoke for a change, are counted
+    apart, with other seeds of theirs. dev/LOG.md has every try, with what came of it. All cells of a host are measured on the
+    same documents.
+
+    - *First*, on the middle layers, L0 32, TopK and JumpReLU, seed 0. Three cells that had been measured here were lost in
+      dense latents, and tied in Gemma's delta-CE from a TopK; the price on crowds and other settings of the edge were found to
+      mend that.
+    - *Then*, after a loss of SmolLM2's JumpReLU at L0 64, the price was put into units of a latent's share of all that is
+      active. Seven other cells at L0 16 and 64 had been measured by then, and spoke for it. At L0 32 it changes nothing (320/32
+      is the 10 of before): 18 cells were restated in the new unit, and not measured again.
+    - *From a JumpReLU*, the edge of now, and that rarely active latents are spared, on Gemma's three layers, L0 32, seed 0, by
+      some twenty tries; its price on crowds by some fifty more, eight of them on L0 16 and 64 and the BatchTopK. With the
+      higher price that stood between, five cells had been measured: layers 14 and 3 were lost in FVU, by 0.2 and 3.3%, and the
+      price was lowered. Tries on the ReLU and the TopK of layer 14 decided that this edge is not theirs.
+    - *When silent latents are revived* (after 100 K tokens) was chosen earlier, on evaluation documents of Gemma's layer 9,
+      with the demo's teachers.
+    - *The control* was searched by fewer tries than the recipe took, on one seed each ([SEARCH.md](SEARCH.md), in part on
+      teachers of earlier versions of the loop). Both arms have the rate of the weights that the control is best with, but for
+      Gemma's TopK, whose control has 0.27% less FVU at 2e-3 than at the 1e-3 that it has, and SmolLM2's (0.05%, within the
+      interval). The rates of ReLU and gated were not searched.
+    - *A JumpReLU control's own thresholds* were too slow at first, in all cells: on Gemma's layer 9 that was most of what the
+      RSAE was ahead by, at layer 3 all of it. Now rates of weights and thresholds are those with which its FVU was lowest on
+      validation documents: of each of Gemma's layers, and of SmolLM2's middle layer, by scripts over the grid's activations
+      (dev/LOG.md, 28 November), at L0 32. Other layers of SmolLM2, other seeds and sparsities, and Gemma's BatchTopK have them
+      from there. At SmolLM2's rate (4e-3 where 2e-3 was tried too) 1.8 times as many latents of the control are dense, 1.5
+      times as many of the RSAE.
+    - *Not done in either arm*: training at 0.9 or 0.8 of the L0, thresholds lowered to all of it at the end. It gains SmolLM2's
+      JumpReLU control .006 and .010 nats on validation documents; the RSAE gains as well, and stays ahead.
 """)
 COVERS = _prose("""
-    **What an interval covers.** The documents of this text; not other teachers, other batches, other text, or a processor
-    that rounds the fit of the gate otherwise. Sets of documents, even of the same sources, differ by more than the interval
-    over one of them says (dev/LOG.md, "the control, searched"). A teacher trained again on another processor is another
-    teacher: from Gemma's JumpReLU at L0 16, with an edge of before, the RSAE's difference in FVU was -2.5% both times, and
-    in delta-CE -.030 [-.036, -.023] and then -.060 [-.068, -.052], its control being .016 nats worse.
+    ## What an interval covers
+
+    The documents of this text; not other teachers, batches, text, or processors that round otherwise. Sets of documents, even
+    of the same sources, differ by more than the interval over one of them says (dev/LOG.md, "the control, searched"). A teacher
+    trained again on another processor is another teacher: the delta-CE of the control of Gemma's JumpReLU at L0 16 was .636,
+    and then .652. Cells were run on processors of Intel and AMD, which was not recorded for each; in training, products are in
+    float32 where bfloat16 is no faster. L0 of the arms may differ by up to 1%, and nothing is corrected for it: where it was, a
+    percent of L0 turned out to be worth .2 to .4 point of FVU.
 """)
 DIFFERS = _prose("""
-    **What the RSAE has and its control has not.** From ReLU and TopK: a threshold for each latent (a JumpReLU or gated control
-    has one of its own). From a ReLU or gated SAE: no l1 price, which its control keeps. From all: the jump-corrected gradient,
-    a fifth of which goes to the encoder (two fifths from a JumpReLU or BatchTopK; a rectangle's goes to thresholds alone), a
-    price on crowds (from these a tenth as high, and next to nothing for latents that are rarely active), thresholds that follow
-    the sample a little, and the rational with its scales. The control of a JumpReLU has a rate of its own for its thresholds,
-    where it was searched. Latents that are silent are revived in all arms but a ReLU or gated control and those with frozen
-    thresholds: thresholds come down to them, and a TopK has its auxiliary loss. No JumpReLU is taken apart with the recipe of
-    now, so whose its gain is was not measured. With the one before, and beside controls whose thresholds were slow, what was
-    won in FVU was the gradient's: on SmolLM2 the price on crowds cost 0.9%, the gradient gained 1.0%, the rational 0.6%
-    (dev/LOG.md); on Gemma an arm with that gradient alone, by a script on the first 57 K of these tokens, was 0.15% [0.05%,
-    0.24%] ahead of the RSAE. Living latents are won from ReLU and gated controls, which have no revival, and dense ones from
-    controls without the price on crowds: presumably by these, since no arm isolates them. In the one ReLU cell that is taken
-    apart the arms with revival and without the rational have a little fewer alive than the control, and with it as many.
+    ## What the RSAE has and its control has not
+
+    - From ReLU and TopK: a threshold for each latent (a JumpReLU or gated control has its own). From a ReLU or gated SAE: no l1
+      price, which its control keeps.
+    - From all: the jump-corrected gradient, with a strength of a fifth (two fifths from a JumpReLU or BatchTopK; the control's
+      is a rectangle's, of strength 0); a price on crowds (from a JumpReLU or BatchTopK a tenth as high, and next to nothing for
+      latents that are rarely active); thresholds that follow the sample a little; and the rational with its scales.
+    - A JumpReLU control has a rate of its own for its thresholds, where the RSAE has the default of its gate.
+    - Silent latents are revived in all arms but a ReLU or gated control and those with frozen thresholds: thresholds come down
+      to them, and a TopK has its auxiliary loss.
+
+    *Whose the gain from a JumpReLU is* was not measured with the recipe of now. With the one before, and beside controls whose
+    thresholds were slow: on SmolLM2 the gradient (-1.0% of FVU) paid for the price on crowds (+0.9%), and what was left was the
+    rational's (-0.6%, at +.003 nats) and following's (-0.2%); on Gemma an arm with the gradient alone, by a script on the first
+    57 K of these tokens, was 0.15% [0.05%, 0.24%] ahead of the RSAE, so that there it was the gradient's.
+
+    *Alive and dense.* No arm isolates what wins them. Of the wins in living latents those from ReLU and gated controls are
+    beside arms without revival; those from JumpReLU and BatchTopK controls, which have it, are mostly where the control lost
+    latents that its teacher had, at the rates that its FVU is best with. Dense latents are presumably won by the price on
+    crowds. In the one ReLU cell that is taken apart the arms with revival and without the rational have a little fewer alive
+    than the control, and with it as many.
 """)
 NOT_HERE = _prose("""
-    **What is not here.** SmolLM2's BatchTopK; Gemma's JumpReLU of layer 3. (What was measured of most with a recipe of
-    before stays in evidence.json, and is to be measured again. Layer 3's was lost, with a higher price on crowds: FVU by
-    3.3% and dense latents by 0.11 point; delta-CE was won by .098, and latents alive, 97.5 beside 88.5%. Its teacher's
-    thresholds learned too slowly, and it ended worse than it had been; dev/LOG.md has others.) A teacher of 16 K latents.
-    Parts apart, identity and probing of the cells that do not stand under these heads below, Gemma's among them. Tables of
-    the loss recovered, KL and histograms, which are in evidence.json alone. Teachers that others trained, on 20 M tokens or
-    more: these are all our own, of 6, with decoder rows of norm 1 and b_dec subtracted from the input (how others are
-    brought into that form is tested on small data, and was seen on one of these, rewritten: dev/LOG.md). More than one seed
-    at other sparsities and layers. The model's loss is measured on a part of the tokens, for what it costs on two
-    processors.
+    ## What is not here
+
+    - SmolLM2's BatchTopK; Gemma's JumpReLU of layer 3; a teacher of 16 K latents. What was measured of layer 3 with a recipe of
+      before stays in evidence.json: lost by 3.3% of FVU and by 0.11 point in dense latents, won by .098 nats and in latents
+      alive, 97.5 beside 88.5%. Its teacher's thresholds had learned too slowly, and it ended worse than it had been.
+    - Parts apart, identity and probing of the cells that do not stand under these heads below, Gemma's among them.
+    - Tables of the loss recovered, KL and histograms, which are in evidence.json alone.
+    - Teachers that others trained, on 20 M tokens or more: these are all our own, of 6, with decoder rows of norm 1 and b_dec
+      subtracted from the input. (How others are brought into that form is tested on small data, and was seen on one of these,
+      rewritten: dev/LOG.md.)
+    - More than one seed at other sparsities and layers. The model's loss on all tokens: it is measured on a part, for what it
+      costs on two processors.
 """)
 Cell = dict[str, Any]
 
@@ -172,7 +200,10 @@ def ran_on(cells: Iterable[Cell]) -> str:
         {f"{s['machine']['cores']} cores {s['machine']['processor']}, {s['machine']['device']}" for s in stamps}
     )
     commits = sorted({str(stamp["commit"])[:8] for stamp in stamps})
-    return f"{'; '.join(machines)}, commit {', '.join(commits)}"
+    said = (
+        f"commit {', '.join(commits)}" if len(commits) < 4 else f"{len(commits)} commits, each named with its numbers"
+    )
+    return f"{'; '.join(machines)}, {said}"
 
 
 def _hosts(cells: Iterable[Cell]) -> list[str]:
@@ -200,10 +231,8 @@ def _measured(cell: Cell) -> bool:
 
 def _chosen_on(cell: Cell) -> bool:
     """Whether the default recipe was chosen on this cell's arms, or on those of another seed beside it."""
-    if (cell["host"], cell["family"], cell["target_l0"]) == ("package:gemma3-270m", "jumprelu", 32):
-        return True  # of all three layers
-    here = (cell["is_middle"], cell["expansion"]) == (True, 8)
-    return here and f"{short(cell['host'])} {cell['family']}" in CHOSEN_ON.get(cell["target_l0"], ())
+    of_layer = CHOSEN_ON.get((short(cell["host"]), _layer(cell)), {})
+    return cell["expansion"] == 8 and cell["target_l0"] in of_layer.get(cell["family"], ())
 
 
 def _measured_on(cells: Sequence[Cell]) -> str:
@@ -254,20 +283,20 @@ def _verdicts(cells: Sequence[Cell]) -> list[list[str]]:
     return rows
 
 
+def _families(cells: Sequence[Cell]) -> str:
+    """How many cells of each family, in words."""
+    return ", ".join(f"{n} {family}" for family, n in Counter(cell["family"] for cell in cells).items()) or "none"
+
+
 def _strictly(cells: Sequence[Cell]) -> str:
     """How often the RSAE has fewer living or more dense latents than its control, by however little."""
     arms = [(cell["arms"]["rsae"], cell["arms"]["control"]) for cell in cells]
-    won = {
-        metric: ", ".join(
-            f"{n} {family}" for family, n in Counter(c["family"] for c in cells if _won(c, metric)).items()
-        )
-        for metric in ("alive", "dense")
-    }
+    won = {metric: _families([cell for cell in cells if _won(cell, metric)]) for metric in ("alive", "dense")}
     fewer, more = sum(a["alive"] < b["alive"] for a, b in arms), sum(a["dense"] > b["dense"] for a, b in arms)
     return (
         f"\nWithout a tolerance of 0.1 percentage point, ties and all: alive is lower than the control's in {fewer} of "
-        f"{len(cells)} cells, dense higher in {more}. Teachers of the wins in alive: {won['alive'] or 'none'}; in dense: "
-        f"{won['dense'] or 'none'}.\n"
+        f"{len(cells)} cells, dense higher in {more}. Teachers of the wins in alive: {won['alive']}; in dense: "
+        f"{won['dense']}.\n"
     )
 
 
@@ -289,7 +318,7 @@ def _from_scratch(cells: Sequence[Cell]) -> str:
         "What is won from a ReLU is mostly won by not being one. A JumpReLU from the start, trained for as many steps as a ReLU "
         "and then the RSAE from it (the control of the JumpReLU's cell), has a lower FVU than that RSAE in "
         f"{lower['fvu']} of {len(pairs)} places, and a lower delta-CE in {lower['delta_ce']}; the RSAE's FVU is {more[0]:+.1%} to "
-        f"{more[-1]:+.1%} beside it.\n"
+        f"{more[-1]:+.1%} beside it. (The rates of these JumpReLUs were searched, those of the ReLUs were not.)\n"
     )
 
 
@@ -345,30 +374,32 @@ def _page(evidence: dict[str, Any]) -> str:
         "`evidence.json`; this page is made by the same command.\n",
         f"Text: `{evidence['text']}`, {millions} M tokens to train on, read several times; evaluation documents are from other "
         f"sources, and {evidence['shared_documents']} of them share a long line or sentence with a training document. Teachers: "
-        f"{teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g} (a BatchTopK's by SAELens' own loop). "
+        f"{teacher['steps']} steps of {teacher['batch_size']}, lr {teacher['lr']:g}{_rates_of_teachers(evidence)} "
+        f"(a BatchTopK's by SAELens' own loop). {_dtypes(cells)}"
         f"Every fine-tuned arm: {finetune['steps']} "
         f"steps more on the same batches, lr {finetune['lr']:g}{rates}, mean L0 matched to the teacher's on validation text, "
         "exact zeros counted (the arms that say otherwise apart). Differences: relative for FVU, nats per token for delta-CE, "
         "with the 95% interval of a bootstrap paired by document. A tie is where the interval holds 0; for alive and dense, 0.1 "
         f"percentage point. {_measured_on(measured)}\n",
-        CHOSEN,
-        COVERS,
         f"## Verdict on {len(cells)} of the grid's {evidence['grid']} cells: RSAE against the control\n",
         table(["", "win", "tie", "loss", "failed"], _verdicts(cells)),
-        f"\nOf these, the {len(others)} cells that nothing was chosen on, nor on another seed of theirs:\n",
+        f"\nOf these, the {len(others)} cells that nothing was chosen on, nor on another seed of theirs ({_families(others)}):\n",
         table(["", "win", "tie", "loss", "failed"], _verdicts(others)),
         _strictly(measured),
         _harmed(measured),
+        f"RSAE against the frozen teacher: a lower FVU in {_over_teacher(measured, 'fvu')}, a lower delta-CE in "
+        f"{_over_teacher(measured, 'delta_ce')} (intervals without 0).\n",
+        WORDS,
         DIFFERS,
         _from_scratch(measured),
         _slower(measured),
+        CHOSEN,
+        COVERS,
         NOT_HERE,
     ]
     if measured:
         parts += [
-            f"RSAE against the frozen teacher: a lower FVU in {_over_teacher(measured, 'fvu')}, a lower delta-CE in "
-            f"{_over_teacher(measured, 'delta_ce')} (intervals without 0).\n",
-            "\n## Cells\n",
+            "## Cells\n",
             table(
                 ["host", "layer", "family", "d_sae", "L0", "seed", "FVU: teacher, control, RSAE", "RSAE - control, FVU",
                  "delta-CE: teacher, control, RSAE", "RSAE - control, delta-CE", "alive: control, RSAE", "dense: control, RSAE",
@@ -532,7 +563,7 @@ def _headline(evidence: dict[str, Any]) -> str:
             and (cell["target_l0"], cell["expansion"]) == (32, 8)
         ):
             groups.setdefault((short(cell["host"]), _layer(cell), cell["family"]), []).append(cell)
-    rows = []
+    rows, shown = [], [cell for cells in groups.values() for cell in cells]
     for (host, layer, family), cells in groups.items():
         row = [f"{host}, layer {layer}", family, str(len(cells))]
         for metric, form in (("fvu", relative), ("delta_ce", nats)):
@@ -542,6 +573,9 @@ def _headline(evidence: dict[str, Any]) -> str:
         for metric in ("alive", "dense"):
             row.append(", ".join(_mean_share(cells, arm, metric) for arm in ("control", "rsae")))
         rows.append(row)
+    odd = "".join(
+        f" ({cell['family']}: {l0:.1f})" for cell in shown if abs((l0 := cell["arms"]["control"]["l0"]) / 32 - 1) > 0.05
+    )
     cells = evidence["cells"]
     wins = {metric: sum(_won(cell, metric) for cell in cells) for metric in METRICS}
     finetune = _finetune(evidence)
@@ -552,10 +586,14 @@ def _headline(evidence: dict[str, Any]) -> str:
     lost = ", ".join(f"{n} in {metric}" for metric, n in losses.items() if n) or "none"
     failed = sum("failed" in cell["verdict"].values() for cell in cells)
     lost += f"; {failed} failed, by the rules of the page" if failed else ""
-    as_upgrade = ", as `rsae upgrade` does it but on up to 2 M stored tokens"
-    as_upgrade += f" (learning rates: {rates})" if (rates := _other_rates(evidence)) else ""
+    as_upgrade = f", with the settings of `rsae upgrade` (lr {finetune['lr']:g}) but on up to 2 M stored tokens"
+    if rates := _other_rates(
+        {**evidence, "settings": {setting_of(c): evidence["settings"][setting_of(c)] for c in shown}}
+    ):
+        as_upgrade += f", and from these at the rates with which the control's FVU is lowest ({rates}), where it has 1e-3 and 1e-2"
     return (
-        f"{table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32, "
+        f"{table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32"
+        f"{odd}, "
         f"{millions:.1f} M tokens of fine-tuning in each arm{as_upgrade}; {ran_on(cells)}. Measured so far: {len(cells)} of "
         f"{evidence['grid']} cells; RSAE wins {said}; it loses {lost}. [results/EVIDENCE.md](results/EVIDENCE.md) has each, and "
         "what the settings were chosen on.\n"
@@ -571,8 +609,24 @@ def _other_rates(evidence: dict[str, Any]) -> str:
             f" and {of_control:g} for the control's thresholds" if of_control else ""
         )
         by_rate.setdefault(rate, []).append(name)
-    of_most = max(by_rate, key=lambda rate: len(by_rate[rate]))
+    of_most = max(by_rate, key=lambda rate: len(by_rate[rate]), default=None)
     return "; ".join(f"{rate}: {', '.join(names)}" for rate, names in by_rate.items() if rate != of_most)
+
+
+def _dtypes(cells: Sequence[Cell]) -> str:
+    """In what dtype the hosts ran."""
+    others = [cell["name"] for cell in cells if cell["host_dtype"] != "bfloat16"]
+    return "Hosts run in bfloat16" + (f", in float32 for {', '.join(others)}. " if others else ". ")
+
+
+def _rates_of_teachers(evidence: dict[str, Any]) -> str:
+    """The rates that JumpReLU teachers' thresholds learned at, in words."""
+    rates = {
+        name: found["teacher"]["gate_lr"] for name, found in evidence["settings"].items() if name.endswith(" jumprelu")
+    }
+    of_most = max(rates.values(), key=list(rates.values()).count, default=None)
+    others = "".join(f"; {name} {rate:g}" for name, rate in rates.items() if rate != of_most)
+    return "" if of_most is None else f", a JumpReLU's thresholds {of_most:g}{others}"
 
 
 def _finetune(evidence: dict[str, Any]) -> dict[str, Any]:

@@ -93,12 +93,12 @@ def test_what_the_claims_stand_on():
         "target_l0": 64,
         "seed": 0,
         "expansion": 8,
-        "is_middle": True,
+        "hook": "blocks.15.hook_resid_post",
     }
     assert tables._chosen_on(cell)
     assert tables._chosen_on(cell | {"seed": 1})  # of the same documents
     for change in (
-        {"is_middle": False},
+        {"hook": "blocks.5.hook_resid_post"},
         {"expansion": 25},
         {"family": "gated"},
         {"host": "package:gemma3-270m", "family": "topk"},
