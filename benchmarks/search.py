@@ -331,8 +331,8 @@ def page(result: dict[str, Any]) -> str:
         "# The search: settings of control and RSAE", "",
         f"`python -m benchmarks.search`, {ran_on(rows)}. Made by the command from `search.json`.", "",
         f"Seed 0; {FINETUNE.steps} steps of {BATCH} from teachers of the evidence, of earlier versions of the loop where a table "
-        f"says so, at a rate of {LR:g}, of gates too. The rates that JumpReLU controls have in EVIDENCE.md are later, and by scripts "
-        "(dev/LOG.md). "
+        f"says so, at a rate of {LR:g}, of gates too. The rates that JumpReLU controls have in EVIDENCE.md are later, and by "
+        "scripts (dev/LOG.md). "
         "Each row says how it differs from its arm as EVIDENCE.md has it from a TopK; from a JumpReLU an RSAE has strength 0.4, "
         f"crowding 32 and sparing 0.1 there. Measured on {TOKENS:,} tokens of validation documents, on which "
         "L0 is matched too; they are neither trained on nor evaluated in EVIDENCE.md, though of the sources evaluated there. "
