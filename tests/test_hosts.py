@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_host import CONFIGS, save_tiny
+from tiny_host import CONFIGS, SIZES, SMALL, save_tiny
+from transformers import FalconConfig, Glm4Config, GPTBigCodeConfig
 
 from rsae import hosts as hosts_module
 from rsae.hosts import Host, load_host, named_in_checkpoints
@@ -250,6 +251,40 @@ def test_token_losses_equal_whole_forward_passes(hosts, tokens, kind, where) -> 
         torch.testing.assert_close(found[name].kl.double(), kl, atol=2e-5, rtol=1e-4)
     assert found["zero"].kl.mean() > 1e-3  # the edits do something
     assert torch.equal(found["clean"].kl, torch.zeros(3, 11))
+
+
+OTHERS = {
+    "falcon": FalconConfig(**SMALL, alibi=False),
+    "falcon-alibi": FalconConfig(**SMALL, alibi=True),
+    "gpt_bigcode": GPTBigCodeConfig(**SIZES, n_embd=16, n_layer=3, n_head=2, n_positions=128),
+    "glm4": Glm4Config(**SMALL, num_key_value_heads=1, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_hosts_whose_batch_is_known_before_a_layer_runs(kind, tokens, tmp_path, monkeypatch) -> None:
+    """What the layers of some architectures are handed, or make of the result, has the size of the batch that came in."""
+    monkeypatch.setitem(CONFIGS, kind, OTHERS[kind])
+    host = load_host(str(save_tiny(tmp_path / kind, kind)), dtype=torch.float32, device="cpu")
+    found = host.token_losses(tokens, "blocks.1.hook_resid_post", {"same": lambda x: x, "zero": torch.zeros_like})
+    logits = host.model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+    nll = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").view(3, 11)
+    for name in ("clean", "same"):
+        torch.testing.assert_close(found[name].nll, nll, atol=2e-5, rtol=1e-5)
+    assert found["zero"].kl.mean() > 1e-3
+
+
+def test_what_glm4_adds_is_normalised_first(tokens, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(CONFIGS, "glm4", OTHERS["glm4"])
+    host = load_host(str(save_tiny(tmp_path / "glm4", "glm4")), dtype=torch.float32, device="cpu")
+    names = [f"blocks.1.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    before, attention, mlp, after = host.activations_at(tokens, names).values()
+    torch.testing.assert_close(before + attention + mlp, after)
+
+
+def test_a_hook_that_is_not_of_the_residual_stream_s_width_is_refused(hosts, tokens) -> None:
+    with pytest.raises(ValueError, match=r"gate_proj.* is 32 wide; only what is as wide as the residual stream, 16"):
+        hosts["llama"].activations(tokens, "model.layers.1.mlp.gate_proj")
 
 
 def test_token_losses_inside_a_layer(hosts, tokens) -> None:

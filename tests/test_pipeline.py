@@ -143,6 +143,14 @@ def test_a_finished_run_may_be_measured_again_but_not_lose_its_page(demo_run, ho
         metrics.write_bytes(kept[1])
 
 
+def test_a_finished_run_that_lost_its_numbers_is_measured_again(demo_run, host, text, tmp_path):
+    shutil.copytree(demo_run[0] / "relu", tmp_path / "relu")
+    (tmp_path / "relu" / "metrics.json").unlink()
+    store = next((demo_run[0] / "acts").glob("**/train"))
+    found, _ = evaluate_folder(tmp_path / "relu", host, HOOK, text, store, tokens=300, ce_tokens=200, progress=None)
+    assert json.loads((tmp_path / "relu" / "metrics.json").read_text()) == found
+
+
 def test_a_run_without_activations_needs_a_store(demo_run, host, text, tmp_path):
     shutil.copytree(demo_run[0] / "relu", tmp_path / "relu")
     with pytest.raises(ValueError, match=r"no activations in .*: name a store of .* with --acts"):
@@ -313,6 +321,13 @@ def test_an_rsae_continues(demo_run, host, text, tmp_path):
     assert saes["control"].gate.alpha == saes["teacher"].gate.alpha
     assert not torch.equal(saes["rsae"].gate.num_coeffs, saes["teacher"].gate.num_coeffs)
     assert not torch.equal(saes["control"].W_dec, saes["teacher"].W_dec)
+
+
+def test_the_paper_s_recipe_counts_as_many_as_is_asked(demo_run, host, text, tmp_path):
+    config = replace(CONFIG, recipe="paper", finetune=replace(CONFIG.finetune, target_l0=2.0))
+    metrics = upgrade(demo_run[0] / "relu" / "teacher", host, HOOK, text, tmp_path / "run", config=config, trust=True)
+    assert metrics["control"]["l0"] == pytest.approx(2, rel=0.2)
+    assert metrics["rsae"]["l0"] == pytest.approx(2, rel=0.2)
 
 
 @pytest.mark.parametrize("family", ["relu", "topk"])

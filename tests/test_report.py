@@ -637,6 +637,19 @@ def test_l0_histogram_is_percent_per_integer(tmp_path: Path) -> None:
     assert (max(xs) - min(xs)) / (right - left) == pytest.approx(4 / 8, abs=0.01)  # 2 of margin on both sides
 
 
+def test_what_is_not_counted_is_in_no_chart_of_l0(tmp_path: Path) -> None:
+    """Of the paper's dense gate nearly all latents are active: beside it nothing else could be read."""
+
+    def dense(files: dict[str, Any]) -> None:
+        files["metrics"]["rsae_dense"] = files["metrics"]["rsae"]
+
+    run = read_run(make_run(tmp_path, "relu", dense))
+    of_training = {figure.title: figure for figure in training_figures(run)}
+    assert "RSAE" not in str(of_training["L0 while training"].columns)
+    assert "RSAE" in str(of_training["FVU while training"].columns)
+    assert "nothing zeroed" not in str(histogram_figures(run)[0].columns)
+
+
 def test_nothing_to_draw() -> None:
     assert chart("empty", [], x_label="x") is None
 

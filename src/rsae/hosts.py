@@ -147,6 +147,11 @@ class Host:
         kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: str) -> Tensor:
+            if x.shape[-1] != self.d_model:
+                raise ValueError(
+                    f"{hook!r} of {self.spec} is {x.shape[-1]} wide; only what is as wide as the residual stream, "
+                    f"{self.d_model}, is read"
+                )
             kept[hook] = x
             if kept.keys() == set(hooks):
                 raise _Stop
@@ -200,8 +205,8 @@ class Host:
 
         with ExitStack() as stack:
             inputs = tokens
-            if self._masked(tokens.shape[1]):
-                # Attention masks of this batch size exist already when a layer runs: fan out before they are made.
+            if self._is_batched_before(tokens.shape[1]):
+                # Fan out before what has the batch's size is made
                 inputs = tokens.repeat(variants, 1)
             else:
                 layer = HookPoint(hook, f"{self._layers_path}.{point.layer}", "input", point.layer)
@@ -263,11 +268,17 @@ class Host:
         if cap := getattr(self.text_config, "final_logit_softcapping", None):
             out.div_(cap).tanh_().mul_(cap)
 
-    def _masked(self, length: int) -> bool:
-        """Whether layers are handed a mask of the batch's size (sliding windows shorter than the context)."""
+    def _is_batched_before(self, length: int) -> bool:
+        """Whether more than the hidden states has the batch's size when a layer runs: masks of sliding windows shorter than the
+        context, Gemma 4's inputs of each layer, and what _OF_THE_BATCH compute first or shape the result by."""
         config = self.text_config
         window = getattr(config, "sliding_window", None)
-        return getattr(config, "_attn_implementation", None) != "sdpa" or (window is not None and length >= window)
+        return (
+            getattr(config, "_attn_implementation", None) != "sdpa"
+            or (window is not None and length >= window)
+            or bool(getattr(config, "hidden_size_per_layer_input", None))
+            or config.model_type in _OF_THE_BATCH
+        )
 
     @contextmanager
     def _replacing(self, point: HookPoint, function: Edit) -> Iterator[None]:
@@ -467,6 +478,7 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+_OF_THE_BATCH = ("falcon", "gpt_bigcode", "doge")
 _LAYERS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
 
 
@@ -487,10 +499,11 @@ def _layers_path(model: PreTrainedModel) -> str:
 
 def _adds(layer: nn.Module, name: str) -> str | None:
     """Name of the module of a layer whose output `hook_attn_out` or `hook_mlp_out` is: what is added to the residual stream."""
-    if hasattr(
-        layer, "post_feedforward_layernorm"
-    ):  # the sublayers' outputs are normalised first (Gemma 2 and 3, OLMo 2)
+    # The sublayers' outputs are normalised first in Gemma 2 and 3 and OLMo 2, and in GLM-4
+    if hasattr(layer, "post_feedforward_layernorm"):
         found = {"hook_attn_out": ["post_attention_layernorm"], "hook_mlp_out": ["post_feedforward_layernorm"]}
+    elif hasattr(layer, "post_mlp_layernorm"):
+        found = {"hook_attn_out": ["post_self_attn_layernorm"], "hook_mlp_out": ["post_mlp_layernorm"]}
     else:
         found = {"hook_attn_out": ["self_attn", "attn", "attention"], "hook_mlp_out": ["mlp"]}
     return next((module for module in found.get(name, ()) if hasattr(layer, module)), None)

@@ -43,7 +43,8 @@ def _telling(progress: Progress, stage: str) -> Any:
         last: Any = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs, file=io.StringIO(), disable=False)  # whatever TQDM_DISABLE says
+            kwargs.pop("name", None)  # of some versions' bars, and not of tqdm's
+            super().__init__(*args, **kwargs | {"file": io.StringIO(), "disable": False})  # whatever TQDM_DISABLE says
             if kwargs.get("unit") == "B":
                 Bar.last = self
 

@@ -63,7 +63,7 @@ class UpgradeConfig:
     recipe: Recipe = "hard"
     """"hard": exact zeros, and the teacher's L0. "paper": the paper's dense gate, with an l1 price (`finetune.penalty`; None: 0.3).
     That has no zeros to count, so it is settled after training what is one: |z| <= eps is zeroed before anything is measured, eps
-    such that L0 is the teacher's. The arm "rsae_dense" is the same with nothing zeroed, and so is the checkpoint: eps is in
+    such that L0 is the control's. The arm "rsae_dense" is the same with nothing zeroed, and so is the checkpoint: eps is in
     metrics.json."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Of both fine-tuned arms."""
@@ -344,7 +344,7 @@ class _Upgrade:
         with self.ledger.clock("evaluate"):
             eps, measured = {}, arms
             if self.config.recipe == "paper":
-                eps = counting_thresholds(arms, data)
+                eps = counting_thresholds(arms, data, self.ledger.about["target_l0"])
                 measured = {**arms, "rsae_dense": arms["rsae"]}
             (metrics,) = evaluate_runs(
                 {self.out.name: measured}, data.host, data.hook, data.evaluation, store_stats=data.train.sink_rule,
@@ -511,9 +511,8 @@ def train_arms(
     return {arm: arms[arm] for arm in ARMS}
 
 
-def counting_thresholds(arms: Mapping[str, SAE[Any]], data: Data) -> dict[str, float]:
-    """For each dense arm the eps at which its L0 on validation text is the teacher's."""
-    l0 = mean_l0(arms["teacher"], HeldOut(data.validation))
+def counting_thresholds(arms: Mapping[str, SAE[Any]], data: Data, l0: float) -> dict[str, float]:
+    """For each dense arm the eps at which it has this mean L0 on validation text."""
     dense = {arm: sae for arm, sae in arms.items() if isinstance(sae, RationalSAE) and sae.gate.support == "dense"}
     return {arm: counting_threshold(sae, HeldOut(data.validation), l0) for arm, sae in dense.items()}
 
@@ -576,7 +575,7 @@ def evaluate_folder(
         config={**config, "ce_tokens": ce_tokens, "eps": eps}, progress=progress,
     )  # fmt: skip
     is_upgraded = (run / "run.json").exists() and read_json(run / "run.json").get("done", False)
-    if is_upgraded and not (run / UPGRADE_METRICS).exists():
+    if is_upgraded and (run / "metrics.json").exists() and not (run / UPGRADE_METRICS).exists():
         write_json(run / UPGRADE_METRICS, read_json(run / "metrics.json"))
     write_json(run / "metrics.json", metrics)
     if compared is not None:

@@ -31,9 +31,8 @@ PACKING_RULE = (
 
 
 class Document(NamedTuple):
-    """A text, where it is from, and a name for it that is unique within the spec."""
+    """A text, and where it is from."""
 
-    id: str
     source: str
     text: str
 
@@ -243,15 +242,15 @@ def sae_probes_documents(split: Split) -> Iterator[Document]:
                 if probed.isdisjoint(_keys(head)):
                     kept = [tail for tail in tails if probed.isdisjoint(_keys(tail))]
                     text = "\n".join([head, *kept])
-                    found.setdefault(_digest(text), Document("", name, text))
+                    found.setdefault(_digest(text), Document(name, text))
     else:
         for name in _HELD_OUT_SETS:
             for text in texts(name):
                 digest = _digest(text)
                 if len(text) >= 200 and (digest[0] < 128) == (split == "validation"):
-                    found.setdefault(digest, Document("", name, text))
+                    found.setdefault(digest, Document(name, text))
     for digest in sorted(found):
-        yield found[digest]._replace(id=digest.hex()[:16])
+        yield found[digest]
 
 
 def _units(name: str, texts: list[str]) -> list[list[str]]:
@@ -312,8 +311,8 @@ def _file_documents(path: Path) -> Iterator[Document]:
 
     for file in _files(path):
         try:
-            for row, text in enumerate(_file_texts(file)):
-                yield Document(f"{file.name}:{row}", file.name, text)
+            for text in _file_texts(file):
+                yield Document(file.name, text)
         except (ValueError, ZstdError) as error:
             if type(error) is ValueError:  # our own, which names the file
                 raise
@@ -349,8 +348,10 @@ def _file_texts(file: Path) -> Iterator[str]:
         import pandas as pd
 
         column = _text_column(pd.read_csv(file, nrows=0).columns.tolist(), file)
-        for chunk in pd.read_csv(file, usecols=lambda name: name == column, chunksize=1024):
-            yield from chunk[column].dropna().astype(str)
+        # As it stands there: "null" is a text, 1 is not 1.0, and rows that end in a comma have no index
+        how: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
+        for chunk in pd.read_csv(file, usecols=lambda name: name == column, chunksize=1024, **how):
+            yield from chunk[column]
 
 
 def _texts(values: Iterable[Any], where: str) -> Iterator[str]:
@@ -408,7 +409,7 @@ def _hub_documents(spec: str) -> Iterator[Document]:
         if "text" not in row:
             raise ValueError(f"{spec} has no column text; its columns are {', '.join(row)}")
         for text in _texts([row["text"]], f"{spec} row {number}"):
-            yield Document(f"{name}:{number}", name, text)
+            yield Document(name, text)
 
 
 def _digest(text: str) -> bytes:

@@ -223,10 +223,11 @@ def gate_figures(run: Run) -> list[Figure]:
 def training_figures(run: Run) -> list[Figure]:
     """FVU and L0 on the training batches against tokens, control and RSAE; [] without logs."""
     target = number(run.info.get("target_l0"))
+    uncounted = {"rsae"} if "rsae_dense" in run.arms else set()  # while it trains, nothing says what of it counts
     figures = []
     for metric, title in (("fvu", "FVU while training"), ("l0", "L0 while training")):
         lines, most = [], 1
-        for arm in ARMS:
+        for arm in (arm for arm in ARMS if metric != "l0" or arm not in uncounted):
             rows = [
                 (tokens, value)
                 for row in run.logs.get(arm, [])
@@ -260,7 +261,9 @@ def _l0_histogram(run: Run) -> Figure | None:
     lines = []
     for arm, metrics in run.arms.items():
         edges, counts = _bins((metrics.get("histograms") or {}).get("l0"))
-        if not sum(counts):
+        if (
+            not sum(counts) or arm == "rsae_dense"
+        ):  # of which nearly all latents are active: others would be a line beside it
             continue
         # Bins hold integers; their width differs between arms, so percent per integer. [2, 3) is drawn about 2.
         shares = [100 * c / sum(counts) / (b - a) for a, b, c in zip(edges[:-1], edges[1:], counts, strict=True)]
