@@ -490,10 +490,13 @@ def test_a_family_s_folder_is_measured_from_inside_it(demo_run, host, text, tmp_
 
 
 def test_another_run_says_which_setting_differs(demo_run, host, text, tmp_path):
+    def identity(text, config):
+        return json.loads(json.dumps({"text": text, "config": asdict(config)}))
+
+    found = {"identity": identity(text, CONFIG)}
     config = replace(CONFIG, finetune=replace(CONFIG.finetune, steps=5))
-    found = {"identity": json.loads(json.dumps({"text": text, "config": asdict(CONFIG)}))}
-    assert pipeline._differences(found, {"text": text, "config": asdict(config)}) == "another steps"
-    assert pipeline._differences(found, {"text": "other", "config": asdict(CONFIG)}) == "another text"
+    assert pipeline._differences(found, identity(text, config)) == "another steps"
+    assert pipeline._differences(found, identity("other", CONFIG)) == "another text"
 
 
 def test_a_text_that_has_changed_since_is_noticed(demo_run, host, text):

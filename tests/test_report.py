@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import rsae.metrics
-import rsae.report.words
 from rsae.report import write_report
 from rsae.report.figures import chart, gate_figures, histogram_figures, ticks, training_figures
 from rsae.report.runs import read_run
@@ -693,8 +691,3 @@ def test_browser_shows_it_on_a_phone_without_errors_or_sideways_scroll(tmp_path:
     assert (width, charts) == (360, 18)
     assert scroll_width == 360
     assert "CONSOLE" not in result.stderr, result.stderr
-
-
-@pytest.mark.parametrize("name", ["MATCHED", "RESOLUTION", "TIE_SHARE"])
-def test_the_page_judges_as_the_metrics_do(name: str) -> None:
-    assert getattr(rsae.report.words, name) == getattr(rsae.metrics, name)

@@ -703,8 +703,9 @@ def _print_table(metrics: dict[str, Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from rsae.metrics import MATCHED
     from rsae.report.runs import ARMS
-    from rsae.report.words import MATCHED, harmed
+    from rsae.report.words import harmed
 
     table = Table(title=title, title_justify="left")
     table.add_column("arm")

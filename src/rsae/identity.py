@@ -73,15 +73,14 @@ def identity(
     ours = {name: _Running(name, sae, top, eps.get(name, 0.0)) for name, sae in arms.items()}
     n_tokens = 0
     keep_pages()
-    for x, positions in _measured(host, hook, contexts, store_stats, batch_size, progress):
+    for x, numbers in _measured(host, hook, contexts, store_stats, batch_size, progress):
         n_tokens += len(x)
-        for part, where in zip(x.split(_ROWS), positions.split(_ROWS), strict=True):
+        for part, where in zip(x.split(_ROWS), numbers.split(_ROWS), strict=True):
             offset = theirs.add(part, where)
             for running in ours.values():
                 running.add(part, where, offset)
     if n_tokens == 0:
         raise ValueError(f"none of {contexts.tokens.numel()} held-out tokens is measured: is the sink ratio too small?")
-    length = contexts.tokens.shape[1]
     return {
         name: {
             "n_tokens": n_tokens,
@@ -89,7 +88,7 @@ def identity(
             "decoder_cosine": _summary(_cosines(teacher.W_dec, sae.W_dec)),
             "encoder_cosine": _summary(_cosines(teacher.W_enc.T, sae.W_enc.T)),
             "correlation": _correlation(theirs, ours[name], n_tokens),
-            "top_contexts": _overlap(theirs, ours[name], length),
+            "top_contexts": _overlap(theirs, ours[name]),
             "moved": _moved(teacher.W_dec, sae.W_dec),
         }
         for name, sae in arms.items()
@@ -97,7 +96,7 @@ def identity(
 
 
 class _Running:
-    """What is kept of one SAE's latents: sums about the first token, and the `top` largest of each with their tokens."""
+    """What is kept of one SAE's latents: sums about the first token, and the `top` largest of each with their contexts."""
 
     def __init__(self, name: str, sae: SAE[Any], top: int, eps: float = 0.0) -> None:
         d_sae = sae.cfg.d_sae
@@ -105,10 +104,10 @@ class _Running:
         self.origin: Tensor | None = None
         self.sums = torch.zeros(3, d_sae, dtype=torch.float64)  # z, z^2, z times the teacher's z
         self.largest = torch.full((top, d_sae), -torch.inf)  # descending; -inf where there is none yet
-        self.positions = torch.zeros(top, d_sae, dtype=torch.int64)
+        self.contexts = torch.zeros(top, d_sae, dtype=torch.int64)
 
     def add(
-        self, x: Float[Tensor, "n d_in"], positions: Int[Tensor, " n"], theirs: Float[Tensor, "n d_sae"] | None = None
+        self, x: Float[Tensor, "n d_in"], contexts: Int[Tensor, " n"], theirs: Float[Tensor, "n d_sae"] | None = None
     ) -> Float[Tensor, "n d_sae"]:
         """Add tokens, later than all before; the latents about their origin (float64), which the arms take as `theirs`."""
         z = counted(self.sae.encode(x.to(self.sae.W_dec.device)), self.eps).float().cpu()
@@ -122,10 +121,10 @@ class _Running:
         fired = torch.where(z != 0, z, -torch.inf)
         better = (fired.amax(0) > self.largest[-1]).nonzero()[:, 0]  # latents whose list changes
         both = torch.cat([self.largest[:, better], fired[:, better]])
-        where = torch.cat([self.positions[:, better], positions[:, None].expand(-1, len(better))])
+        where = torch.cat([self.contexts[:, better], contexts[:, None].expand(-1, len(better))])
         both, order = both.sort(dim=0, descending=True, stable=True)  # stable: the earlier token first
         top = len(self.largest)
-        self.largest[:, better], self.positions[:, better] = both[:top], where.gather(0, order[:top])
+        self.largest[:, better], self.contexts[:, better] = both[:top], where.gather(0, order[:top])
         return offset
 
     @property
@@ -133,23 +132,23 @@ class _Running:
         """Whether a latent was ever not exactly 0."""
         return self.largest[0] > -torch.inf
 
-    def top_contexts(self, length: int) -> Int[Tensor, "pairs 2"]:
-        """(latent, context) of the largest activations, each pair once; contexts of `length` tokens."""
+    def top_contexts(self) -> Int[Tensor, "pairs 2"]:
+        """(latent, context) of the largest activations, each pair once."""
         kept = self.largest > -torch.inf
         latents = torch.arange(kept.shape[1]).expand_as(kept)[kept]
-        return torch.stack([latents, self.positions[kept] // length], dim=1).unique(dim=0)
+        return torch.stack([latents, self.contexts[kept]], dim=1).unique(dim=0)
 
 
 def _measured(
     host: LanguageModel, hook: str, contexts: Contexts, stats: SinkRule, batch_size: int, progress: Progress | None
 ) -> Iterator[tuple[Float[Tensor, "n d_in"], Int[Tensor, " n"]]]:
-    """Activations of the measured tokens of each batch of contexts, and where in contexts.tokens, flattened, they are."""
-    ids = torch.arange(contexts.tokens.numel()).view(contexts.tokens.shape)
+    """Activations of the measured tokens of each batch of contexts, and the numbers of their contexts."""
+    numbers = torch.arange(len(contexts.tokens))[:, None]
     for rows, _, measured, x in measured_batches(host, hook, contexts, stats, batch_size):
         if len(x):
-            yield x, ids[rows][measured]
+            yield x, numbers[rows].expand_as(measured)[measured]
         if progress is not None:
-            progress("identity", int(ids[rows][-1, -1]) + 1, ids.numel())
+            progress("identity", (int(numbers[rows][-1]) + 1) * contexts.tokens.shape[1], contexts.tokens.numel())
 
 
 def _cosines(a: Float[Tensor, "d_sae d_in"], b: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
@@ -179,9 +178,9 @@ def _correlation(theirs: _Running, ours: _Running, n: int) -> dict[str, Any]:
     return _summary(values) | {"undefined": _where(spread <= 0, of_ours <= 0)}
 
 
-def _overlap(theirs: _Running, ours: _Running, length: int) -> dict[str, Any]:
+def _overlap(theirs: _Running, ours: _Running) -> dict[str, Any]:
     """Jaccard's overlap of the top contexts of the latents that fire in both."""
-    pairs = torch.cat([theirs.top_contexts(length), ours.top_contexts(length)])
+    pairs = torch.cat([theirs.top_contexts(), ours.top_contexts()])
     union, count = pairs.unique(dim=0, return_counts=True)
     size = len(theirs.fires)
     shared = union[count == 2, 0].bincount(minlength=size).double() / union[:, 0].bincount(minlength=size)

@@ -7,7 +7,7 @@ be compared by a bootstrap that is paired by document.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -357,17 +357,23 @@ def verdict(
     fvu and delta_ce (lower is better): a tie where the 95% interval of `paired_difference` holds 0 (to RESOLUTION).
     alive (higher is better) and dense (lower is better): a tie within 0.1 percentage point; they carry no interval.
     """
-    result = {}
-    for name in ArmSums._fields:
-        _, low, high = difference[name]
-        result[name] = "win" if high < -RESOLUTION else "loss" if low > RESOLUTION else "tie"
-    for name, gain in (
-        ("alive", metrics_a["alive"] - metrics_b["alive"]),
-        ("dense", metrics_b["dense"] - metrics_a["dense"]),
-    ):
-        tie = abs(gain) <= TIE_SHARE + 1e-12  # the shares are rounded fractions of d_sae
-        result[name] = "tie" if tie else "win" if gain > 0 else "loss"
-    return result
+    by_interval = {name: outcome_of_interval(difference[name]) for name in ArmSums._fields}
+    return by_interval | {
+        name: outcome_of_shares(name, metrics_a[name], metrics_b[name]) for name in ("alive", "dense")
+    }
+
+
+def outcome_of_interval(interval: Sequence[float]) -> str:
+    """Of [mean, low, high] of a difference in what should be low."""
+    _, low, high = interval
+    return "win" if high < -RESOLUTION else "loss" if low > RESOLUTION else "tie"
+
+
+def outcome_of_shares(name: str, a: float, b: float) -> str:
+    """Of two arms' shares of latents that are "alive", which should be high, or "dense", which should be low."""
+    gain = a - b if name == "alive" else b - a
+    is_tie = abs(gain) <= TIE_SHARE + 1e-12  # the shares are rounded fractions of d_sae
+    return "tie" if is_tie else "win" if gain > 0 else "loss"
 
 
 def _finite(name: str, tensor: Tensor) -> float:

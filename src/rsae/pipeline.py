@@ -186,7 +186,9 @@ def upgrade(
     if not job.ledger.done:
         model = _load_host(host, job.ledger, progress, mesh)
         job.inspect(model, trust, progress)
-        data = job.train(model, out / "acts", progress)
+        with job.ledger.clock("harvest"):
+            data = Data.gather(model, hook, text, out / "acts", config, progress, mesh)
+        job.train(data, progress)
         if not mesh.ranks.is_main:
             return {}
         job.measure(data, progress)
@@ -242,13 +244,14 @@ def upgrade_all(
             job.inspect(model, trust, progress)
         ledger.write()  # from here on the folder is this run's: before, a teacher that was contradicted could be mended
         with ledger.clock("harvest"):
-            Data.gather_all(model, acts, text, config, progress, mesh)
+            data = Data.gather_all(model, acts, text, config, progress, mesh)
         # All are trained before any is measured: the other ranks are then free
-        data = {name: job.train(model, acts[job.hook], progress) for name, job in left.items()}
+        for job in left.values():
+            job.train(data[job.hook], progress)
         if not mesh.ranks.is_main:
             return {}
-        for name, job in left.items():
-            job.measure(data[name], progress)
+        for job in left.values():
+            job.measure(data[job.hook], progress)
         write_report([out / name for name in named], out / "report.html")
         ledger.finish(runs=list(named))
     return {name: _measured(out / name) for name in named}
@@ -329,14 +332,11 @@ class _Upgrade:
             for warning in found["warnings"]:  # now, not when hours of training are over
                 warnings.warn(f"preflight of {self.out.name}: {warning}", stacklevel=2)
 
-    def train(self, host: Host, acts: Path, progress: Progress | None) -> Data:
-        """Harvest and fine-tune."""
-        with self.ledger.clock("harvest"):
-            data = Data.gather(host, self.hook, self.text, acts, self.config, progress, self.mesh)
+    def train(self, data: Data, progress: Progress | None) -> None:
+        """Fine-tune."""
         train_arms(self.out, self.teacher.sae, data, self.config, self.ledger, progress, self.mesh)
         if isinstance(data.train, OnlineActivations):
             data.train.release()  # other teachers are trained before this one is measured
-        return data
 
     def measure(self, data: Data, progress: Progress | None) -> None:
         """Compare the arms that were trained, and write the page."""
@@ -610,7 +610,7 @@ class Ledger:
     writes = True
 
     def __init__(self, folder: Path, identity: dict[str, Any], command: str | None, found: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+        self.folder, self.identity = folder, identity
         self.about: dict[str, Any] = found or {
             "identity": self.identity,
             "hash": config_hash(self.identity),
@@ -641,8 +641,9 @@ class Ledger:
             ValueError: the folder holds another run, something else, or a finished run whose files have changed; the ranks are not
                 of one run.
         """
+        identity = json.loads(json.dumps(identity))  # as run.json has it, tuples as lists
         mesh.ranks.agree("folders", str(folder))
-        mesh.ranks.agree("teachers, texts or settings", config_hash(json.loads(json.dumps(identity))))
+        mesh.ranks.agree("teachers, texts or settings", config_hash(identity))
         ledger = mesh.once(lambda: cls._open(folder, identity, command, may_hold))
         ledger.writes = mesh.ranks.is_main
         return ledger
@@ -652,7 +653,7 @@ class Ledger:
         file, found = folder / "run.json", {}
         if file.exists():
             found = read_json(file)
-            if found.get("hash") != config_hash(json.loads(json.dumps(identity))):
+            if found.get("hash") != config_hash(identity):
                 raise ValueError(
                     f"{folder} holds another run ({_differences(found, identity)}): choose another --out or delete it (acts/ "
                     "may stay: it is used again where it fits)"
@@ -700,7 +701,7 @@ class Ledger:
 
 def _differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
     """What another run's identity has otherwise, in a few words."""
-    names = _differing(found.get("identity", {}), json.loads(json.dumps(identity)))
+    names = _differing(found.get("identity", {}), identity)
     return "another " + ", ".join(names) if names else "of another kind"
 
 

@@ -7,14 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rsae.metrics import MATCHED, outcome_of_interval, outcome_of_shares
 from rsae.report.runs import ARMS, Run, number
 
 MISSING = "\u2013"
 MINUS = "\u2212"
-# As rsae.metrics, which is not imported: the report knows no torch.
-MATCHED = 0.01
-RESOLUTION = 1e-6
-TIE_SHARE = 0.001
 
 OUTCOMES = ("win", "tie", "loss")
 _SAYINGS = {
@@ -116,20 +113,23 @@ def compare(run: Run, other: str) -> Comparison | None:
     found = run.metrics.get(f"rsae_minus_{other}") or {}
     stated = (run.metrics.get("verdict") if other == "control" else None) or {}
 
-    def judged(metric: str, derived: str | None) -> str | None:
-        return stated[metric] if derived and stated.get(metric) in OUTCOMES else derived
+    def stated_or(derived: str, metric: str) -> str:
+        return stated[metric] if stated.get(metric) in OUTCOMES else derived
+
+    def judged(metric: str, interval: list[float] | None) -> str | None:
+        return None if interval is None else stated_or(outcome_of_interval(interval), metric)
 
     fvu, delta_ce = (_interval(found.get(metric)) for metric in ("fvu", "delta_ce"))
     lines = [
-        _difference("FVU", fvu and [100 * x for x in fvu], "%", judged("fvu", _outcome(fvu)), (1, 4)),
-        _difference("ΔCE", delta_ce, " nats", judged("delta_ce", _outcome(delta_ce)), (3, 6)),
+        _difference("FVU", fvu and [100 * x for x in fvu], "%", judged("fvu", fvu), (1, 4)),
+        _difference("ΔCE", delta_ce, " nats", judged("delta_ce", delta_ce), (3, 6)),
     ]
     for metric in ("alive", "dense"):
         a, b = run.value("rsae", metric), run.value(other, metric)
         if a is not None and b is not None:
             value = fixed(100 * (a - b), 1, sign=True) + " pp"
             sides = f"{fixed(100 * a, 1)} vs {fixed(100 * b, 1)}%"
-            outcome = judged(metric, _share_outcome(metric, a, b))
+            outcome = stated_or(outcome_of_shares(metric, a, b), metric)
             lines.append(Difference(metric=metric, value=value, interval=sides, outcome=outcome))
 
     ours, theirs = run.value("rsae", "l0"), run.value(other, "l0")
@@ -147,8 +147,10 @@ def harmed(metrics: Mapping[str, Any]) -> str:
     """What metrics.json makes one say of a control that its training left worse than the frozen teacher; nothing, if it did not."""
     found = metrics.get("control_minus_teacher") or {}
     fvu, delta_ce = (_interval(found.get(metric)) for metric in ("fvu", "delta_ce"))
-    worse = [f"FVU {fixed(100 * fvu[0], 1, sign=True)}%"] if _outcome(fvu) == "loss" and fvu else []
-    worse += [f"ΔCE {fixed(delta_ce[0], 3, sign=True)} nats"] if _outcome(delta_ce) == "loss" and delta_ce else []
+    worse = [f"FVU {fixed(100 * fvu[0], 1, sign=True)}%"] if fvu and outcome_of_interval(fvu) == "loss" else []
+    worse += (
+        [f"ΔCE {fixed(delta_ce[0], 3, sign=True)} nats"] if delta_ce and outcome_of_interval(delta_ce) == "loss" else []
+    )
     if not worse:
         return ""
     return (
@@ -181,19 +183,6 @@ def _interval(value: Any) -> list[float] | None:
         return None
     numbers = [x for x in map(number, value) if x is not None]
     return numbers if len(numbers) == 3 else None
-
-
-def _outcome(interval: list[float] | None) -> str | None:
-    if interval is None:
-        return None
-    _, low, high = interval
-    return "win" if high < -RESOLUTION else "loss" if low > RESOLUTION else "tie"
-
-
-def _share_outcome(metric: str, a: float, b: float) -> str:
-    """alive: more is better; dense: less is; equal within 0.1 percentage point is a tie."""
-    gain = a - b if metric == "alive" else b - a
-    return "tie" if abs(gain) <= TIE_SHARE + 1e-12 else "win" if gain > 0 else "loss"
 
 
 def _difference(
