@@ -576,7 +576,8 @@ def test_one_of_several_teachers_is_mended_after_the_inspection(demo_run, host, 
     }
 
 
-def test_no_buffer_is_held_for_a_teacher_that_waits_to_be_measured(demo_run, host, text, tmp_path, monkeypatch):
+def test_several_teachers_read_one_host_as_it_goes(demo_run, host, text, tmp_path, monkeypatch):
+    """Its sinks are looked for once, and no buffer is held for a teacher that waits to be measured."""
     measure = pipeline._Upgrade.measure
 
     def without_buffer(job, data, progress):
@@ -585,8 +586,14 @@ def test_no_buffer_is_held_for_a_teacher_that_waits_to_be_measured(demo_run, hos
 
     monkeypatch.setattr(pipeline._Upgrade, "measure", without_buffer)
     teachers = [(demo_run[0] / family / "teacher", HOOK) for family in ("relu", "topk")]
-    config = replace(CONFIG, train_tokens=None)
-    assert len(upgrade_all(teachers, host, text, tmp_path / "run", config=config, trust=True)) == 2
+    how = {
+        "config": replace(CONFIG, train_tokens=None),
+        "trust": True,
+        "progress": lambda *so_far: calls.append(so_far),
+    }
+    calls = []
+    assert len(upgrade_all(teachers, host, text, tmp_path / "run", **how)) == 2
+    assert sum(stage == "look for sinks" and done == total for stage, done, total in calls) == 1
 
 
 def test_another_hook_is_not_measured_with_these_activations(demo_run, host, text):
