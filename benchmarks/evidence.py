@@ -101,7 +101,7 @@ class Rates(NamedTuple):
 RATES: dict[tuple[str, int, str], Rates] = {
     **{("package:smollm2-135m", layer, "jumprelu"): Rates(4e-3, 3e-3) for layer in LAYERS["package:smollm2-135m"]},
     ("package:smollm2-135m", 15, "batchtopk"): Rates(4e-3, 3e-3),
-    ("package:gemma3-270m", 3, "jumprelu"): Rates(4e-3, 3e-2, teacher=3e-3),
+    ("package:gemma3-270m", 3, "jumprelu"): Rates(4e-3, 1e-2, teacher=3e-3),
     ("package:gemma3-270m", 9, "jumprelu"): Rates(2e-3, 3e-3),
     ("package:gemma3-270m", 9, "batchtopk"): Rates(2e-3, 3e-3),
     ("package:gemma3-270m", 14, "jumprelu"): Rates(4e-3, 3e-3),
