@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from rsae.artefacts import atomic, config_hash
+from rsae.finetune import JUMPRELU_LR
 
 MARKS = ("<!-- evidence: made by python -m benchmarks.evidence -->", "<!-- /evidence -->")
 COLOURS = {"teacher": "#8d99ae", "control": "#30638e", "rsae": "#d1495b"}
@@ -586,11 +587,13 @@ def _headline(evidence: dict[str, Any]) -> str:
     lost = ", ".join(f"{n} in {metric}" for metric, n in losses.items() if n) or "none"
     failed = sum("failed" in cell["verdict"].values() for cell in cells)
     lost += f"; {failed} failed, by the rules of the page" if failed else ""
+    settings = {setting_of(cell): evidence["settings"][setting_of(cell)] for cell in shown}
     as_upgrade = f", with the settings of `rsae upgrade` (lr {finetune['lr']:g}) but on up to 2 M stored tokens"
-    if rates := _other_rates(
-        {**evidence, "settings": {setting_of(c): evidence["settings"][setting_of(c)] for c in shown}}
-    ):
-        as_upgrade += f", and from these at the rates with which the control's FVU is lowest ({rates}), where it has 1e-3 and 1e-2"
+    if rates := _other_rates({**evidence, "settings": settings}):
+        as_upgrade += (
+            f", and but for the rates that these controls have the lowest FVU with (lr {rates}), where `rsae upgrade` has "
+            f"{finetune['lr']:g} and {JUMPRELU_LR:g}"
+        )
     return (
         f"{table(head, rows)}\nMean over seeds, with the hull of their 95% intervals (bootstrap paired by document). L0 32"
         f"{odd}, "
