@@ -99,9 +99,10 @@ CHOSEN = _prose("""
     - *A JumpReLU control's own thresholds* were too slow at first, in all cells: on Gemma's layer 9 that was most of what the
       RSAE was ahead by, at layer 3 all of it. Now rates of weights and thresholds are those with which its FVU was lowest on
       validation documents: of each of Gemma's layers, and of SmolLM2's middle layer, by scripts over the grid's activations
-      (dev/LOG.md, 28 November), at L0 32. Other layers of SmolLM2, other seeds and sparsities, and Gemma's BatchTopK have them
-      from there. At SmolLM2's rate (4e-3 where 2e-3 was tried too) 1.8 times as many latents of the control are dense, 1.5
-      times as many of the RSAE.
+      (dev/LOG.md, 28 and 29 November), at L0 32. Layer 3 has a teacher whose thresholds learn at 3e-3, with which its own FVU
+      was lowest there; the rate of other teachers was not searched. Other layers of SmolLM2, other seeds and sparsities, and
+      Gemma's BatchTopK have them from there. At SmolLM2's rate (4e-3 where 2e-3 was tried too) 1.8 times as many latents of the
+      control are dense, 1.5 times as many of the RSAE.
     - *Not done in either arm*: training at 0.9 or 0.8 of the L0, thresholds lowered to all of it at the end. It gains SmolLM2's
       JumpReLU control .006 and .010 nats on validation documents; the RSAE gains as well, and stays ahead.
 """)
