@@ -142,9 +142,7 @@ DIFFERS = _prose("""
 NOT_HERE = _prose("""
     ## What is not here
 
-    - SmolLM2's BatchTopK; Gemma's JumpReLU of layer 3; a teacher of 16 K latents. What was measured of layer 3 with a recipe of
-      before stays in evidence.json: lost by 3.3% of FVU and by 0.11 point in dense latents, won by .098 nats and in latents
-      alive, 97.5 beside 88.5%. Its teacher's thresholds had learned too slowly, and it ended worse than it had been.
+    - SmolLM2's BatchTopK; a teacher of 16 K latents.
     - Parts apart, identity and probing of the cells that do not stand under these heads below, Gemma's among them.
     - Tables of the loss recovered, KL and histograms, which are in evidence.json alone.
     - Teachers that others trained, on 20 M tokens or more: these are all our own, of 6, with decoder rows of norm 1 and b_dec
