@@ -261,9 +261,8 @@ def _l0_histogram(run: Run) -> Figure | None:
     lines = []
     for arm, metrics in run.arms.items():
         edges, counts = _bins((metrics.get("histograms") or {}).get("l0"))
-        if (
-            not sum(counts) or arm == "rsae_dense"
-        ):  # of which nearly all latents are active: others would be a line beside it
+        # Of rsae_dense nearly all latents are active: beside it the others would be a line at the edge
+        if not sum(counts) or arm == "rsae_dense":
             continue
         # Bins hold integers; their width differs between arms, so percent per integer. [2, 3) is drawn about 2.
         shares = [100 * c / sum(counts) / (b - a) for a, b, c in zip(edges[:-1], edges[1:], counts, strict=True)]
