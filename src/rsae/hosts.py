@@ -478,7 +478,7 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_OF_THE_BATCH = ("falcon", "gpt_bigcode", "doge")  # alibi, the shape of what came in, masks of their own
+_OF_THE_BATCH = ("falcon", "gpt_bigcode", "doge")  # found by running: otherwise shapes do not fit
 _LAYERS = ("model.layers", "model.language_model.layers", "transformer.h", "gpt_neox.layers")
 
 
