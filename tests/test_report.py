@@ -644,6 +644,7 @@ def test_what_is_not_counted_is_in_no_chart_of_l0(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path, "relu", dense))
     of_training = {figure.title: figure for figure in training_figures(run)}
     assert "RSAE" not in str(of_training["L0 while training"].columns)
+    assert "nothing is counted while it trains" in of_training["L0 while training"].note
     assert "RSAE" in str(of_training["FVU while training"].columns)
     assert "nothing zeroed" not in str(histogram_figures(run)[0].columns)
 

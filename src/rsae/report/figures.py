@@ -246,7 +246,9 @@ def training_figures(run: Run) -> list[Figure]:
             x_label="tokens",
             x_format=short,
             target=(target, f"target {significant(target)}") if metric == "l0" and target is not None else None,
-            note="On training batches" + (f", means of {most} logged rows." if most > 1 else "."),
+            note="On training batches"
+            + (f", means of {most} logged rows." if most > 1 else ".")
+            + (" Of the RSAE's dense gate nothing is counted while it trains." if metric == "l0" and uncounted else ""),
         )
         figures += [figure] if figure else []
     return figures
